@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .resize import feature_info
 from .rules import is_ids
 
-__all__ = ['Recipe', 'Size', 'SizeWatcher', 'recipes', 'tag_sizes']
+__all__ = ['Recipe', 'Size', 'SizeWatcher', 'metadata', 'recipes', 'tag_sizes']
 
 Where = tuple[str, str, tuple]  # module path, attribute, key inside it
 
@@ -81,6 +82,43 @@ def _conv(path: str, conv: nn.Module, unit: Optional[bool]) -> list[Recipe]:
     if g == 1 or unit is False:
         return out + [Recipe(path, 'in_channels', weight, 1, g)]
     return out + [Recipe(path, 'in_channels', weight, 0, i // g, o // g), Recipe(path, 'groups', weight, 0, 1, o // g)]
+
+
+def metadata(model: nn.Module, ledger) -> list[Recipe]:
+    """Lists the widths that timm models state about themselves: num_features, head_hidden_size, feature_info, their heads'.
+
+    No forward reads them, so no shape check would miss them; features_only, reset_classifier and users do read them.
+    """
+    classifier = []
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
+    for name in (names,) if isinstance(names, str) else names:
+        weight = ledger.tensors.get(f'{name}.weight')
+        if weight is not None and weight.ndim > 1:
+            classifier.append(ledger.label(weight)[1])
+    features = ledger.channels('#features')
+    last = classifier + ledger.channels('#output')
+    out = []
+
+    def state(path: str, holder: nn.Module, attribute: str, candidates: list) -> None:
+        size = holder.__dict__.get(attribute)
+        ids = next((e for e in candidates if is_ids(e) and len(e) == size), None) if isinstance(size, int) else None
+        if ids is not None:
+            out.append(Recipe(path, attribute, ids=ids))
+
+    state('', model, 'num_features', features + last)
+    state('', model, 'head_hidden_size', last + features)
+    state('', model, 'embed_dim', last + features)
+    for path, module in model.named_modules():
+        if 'head' in path.rpartition('.')[2] and path in ledger.inputs:
+            state(path, module, 'in_features', ledger.inputs[path] + features)
+            state(path, module, 'num_features', last + ledger.inputs[path])
+            state(path, module, 'hidden_size', last)
+    for k, info in enumerate(feature_info(model)):
+        found = ledger.channels(str(info.get('module', ''))) + ledger.channels(f'#intermediate.{k}')
+        ids = next((e for e in found if len(e) == info.get('num_chs')), None)
+        if ids is not None:
+            out.append(Recipe('', 'feature_info', key=(k, 'num_chs'), ids=ids))
+    return out
 
 
 READ = '#shape'  # in place of an attribute: a length read from a tensor's shape

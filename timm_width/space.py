@@ -6,7 +6,6 @@ is that many neighbouring channels. A dimension that carries no channels has no 
 """
 import difflib
 import hashlib
-import json
 import math
 import numbers
 from dataclasses import dataclass, field
@@ -123,6 +122,7 @@ class WidthSpace:
     sites: tuple[Site, ...] = field(repr=False)
     blocks: tuple[Block, ...] = field(repr=False)
     bindings: tuple[Binding, ...] = field(repr=False)
+    conv_units: Mapping[str, bool] = field(default_factory=dict, repr=False)
     deployed_sites: Optional[tuple[Site, ...]] = field(default=None, repr=False)
 
     @cached_property
@@ -290,7 +290,3 @@ class WidthSpace:
         foot = (f'{100 * self.searchable_share:.1f} % of the parameters are searchable; all groups at half leave '
                 f'{100 * self.half_macs:.1f} % of {macs / 1e6:.2f}M MACs')
         return '\n'.join([head, *lines, foot])
-
-    def to_json(self) -> str:
-        """The groups as JSON, for tools that read them."""
-        return json.dumps([{'name': g.name, 'size': g.size, 'unit': g.unit, 'frozen': g.frozen} for g in self.groups])

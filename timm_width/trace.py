@@ -16,12 +16,12 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bindings import Recipe, SizeWatcher, recipes, tag_sizes
-from .resize import resize_meta
+from .bindings import SizeWatcher, metadata, recipes, tag_sizes
+from .resize import apply_bindings, feature_info, replace_tensors
 from .rules import RULES, is_ids, tensors_in
 from .space import Axis, Binding, Block, Group, Site, TensorAxes, WidthSpace
 
-__all__ = ['trace', 'meta_copy']
+__all__ = ['TraceError', 'meta_copy', 'trace']
 
 _logger = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ SHATTERED = 32  # a producer whose channels fall into more single-id groups than
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Copies a module with every parameter and buffer replaced by an empty one on the meta device."""
+    """Copies a module with every parameter and buffer replaced by an empty one on the meta device, floats as float32."""
     memo = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=False)
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device='meta', dtype=torch.float32), requires_grad=False)
     for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device='meta')
+        memo[id(b)] = torch.empty_like(b, device='meta', dtype=torch.float32 if b.is_floating_point() else b.dtype)
     return copy.deepcopy(model, memo)
 
 
@@ -57,11 +57,20 @@ class Ledger:
         self.tensors: dict[str, torch.Tensor] = {}
         self.stack: list[str] = ['']
         self.ops: list[tuple] = []  # (name, module, output labels, output shapes, touched ids)
-        self.outputs: dict[str, list] = {}  # module -> labels of its outputs, for the modules asked for
+        self.outputs: dict[str, list] = {}  # module -> (label, shape) of its outputs, for the modules asked for
+        self.inputs: dict[str, list] = {}  # head module -> id axes of its input
         self.blocks: list[str] = []
         self.sums: dict[int, list] = {}  # id of a sum (or its activation) -> what it was made of
         self.conv_units: dict[str, bool] = {}
         self.modules = dict(model.named_modules())
+
+    def channels(self, name: str) -> list:
+        """Id axes of what a module put out: of each tensor, and of several tensors together along dimension 1."""
+        found = self.outputs.get(name, ())
+        out = [e for label, _ in found for e in label if is_ids(e)]
+        if len(found) > 1 and all(len(label) > 1 and is_ids(label[1]) for label, _ in found):
+            out.append(np.concatenate([label[1] for label, _ in found]))
+        return out
 
     # what rules use
 
@@ -212,7 +221,10 @@ def _module_stack(ledger: Ledger, wanted: set):
     path = {m: n for n, m in ledger.modules.items()}
 
     def enter(module, args):
-        ledger.stack.append(path.get(module, ledger.stack[-1]))
+        name = path.get(module, ledger.stack[-1])
+        ledger.stack.append(name)
+        if 'head' in name.rpartition('.')[2] and args and isinstance(args[0], torch.Tensor):
+            ledger.inputs[name] = [e for e in ledger.label(args[0]) if is_ids(e)]
 
     def leave(module, args, out):
         name = ledger.stack.pop()
@@ -247,6 +259,14 @@ def _reaches(sums: dict, start: int, goal: int) -> bool:
     return False
 
 
+class TraceError(ValueError):
+    """A model that cannot be traced."""
+
+
+def _name(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
 def trace(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> WidthSpace:
     """Finds the width groups of a model.
 
@@ -261,7 +281,12 @@ def trace(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> Width
     with torch.inference_mode():
         meta = meta_copy(model).eval()
         kept = _snapshot(meta)
-        ledger = _run(meta, size)
+        try:
+            ledger = _run(meta, size)
+        except Exception as e:
+            where = 'x'.join(map(str, size))
+            raise TraceError(f'{_name(model)} does not run on an image of {where}: {type(e).__name__}: '
+                             f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}") from e
         _restore(kept)
         return _Solver(ledger, model, size).space()
 
@@ -284,6 +309,7 @@ def _run(meta: nn.Module, size: tuple) -> Ledger:
     wanted = {str(i.get('module', '')) for i in feature_info(meta)}
     with _module_stack(ledger, wanted), torch.device('meta'), _Recorder(ledger), _forward_features(ledger), watcher:
         out = meta(x)
+        _intermediates(ledger, x)
     ledger.recipes = watcher.solve()
     outs = tensors_in([out] if isinstance(out, torch.Tensor) else list(out.values()) if isinstance(out, dict) else out)
     if getattr(meta, 'num_classes', None) != 0:
@@ -292,15 +318,27 @@ def _run(meta: nn.Module, size: tuple) -> Ledger:
             for e in ledger.label(o):
                 if is_ids(e):
                     ledger.freeze(e, 'network output')
-    ledger.final = [(ledger.label(o), tuple(o.shape)) for o in outs]
+    ledger.outputs['#output'] = [(ledger.label(o), tuple(o.shape)) for o in outs]
     return ledger
 
 
-def feature_info(model: nn.Module) -> list:
-    """The model's feature_info as a list of dicts (shared with the model, so it can be changed in place)."""
-    info = getattr(model, 'feature_info', None)
-    info = getattr(info, 'info', info)
-    return [i for i in info if isinstance(i, dict)] if isinstance(info, (list, tuple)) else []
+def _intermediates(ledger: Ledger, x: torch.Tensor) -> None:
+    """Runs forward_intermediates for the entries of feature_info that name no module that ran whole."""
+    meta, info = ledger.model, feature_info(ledger.model)
+    missing = [k for k, i in enumerate(info)
+               if not any(len(e) == i.get('num_chs') for e in ledger.channels(str(i.get('module', ''))))]
+    if not missing or not hasattr(meta, 'forward_intermediates'):
+        return
+    kept = [list(held) for held in (ledger.ops, ledger.sites, ledger.producers, ledger.blocks)]
+    try:
+        found = meta.forward_intermediates(x, intermediates_only=True)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as e:
+        _logger.debug('forward_intermediates of %s: %s', type(meta).__name__, e)
+        found = []
+    ledger.ops, ledger.sites, ledger.producers, ledger.blocks = kept
+    if len(found) == len(info):
+        for k in missing:
+            ledger.outputs[f'#intermediate.{k}'] = [(ledger.label(o), tuple(o.shape)) for o in tensors_in([found[k]])]
 
 
 @contextmanager
@@ -377,7 +415,7 @@ class _Solver:
 
     def space(self) -> WidthSpace:
         led = self.ledger
-        self.recipes = recipes(led.model, led.conv_units) + led.recipes
+        self.recipes = recipes(led.model, led.conv_units) + led.recipes + metadata(led.model, led)
         for name, p in led.tensors.items():
             for e in led.label(p):
                 if is_ids(e):
@@ -526,14 +564,14 @@ class _Solver:
 
         blocks = tuple(Block(n) for n in led.blocks)
         space = WidthSpace(
-            (getattr(self.model, 'pretrained_cfg', None) or {}).get('architecture') or type(self.model).__name__,
-            self.size, groups, tensors, sites(led.sites), blocks, ())
+            _name(self.model), self.size, groups, tensors, sites(led.sites), blocks, ())
         bindings = []
         for r in self.recipes:
             a = axis(r.ids) if r.ids is not None else tensors[r.tensor].axes[r.dim] if r.tensor in tensors else None
             if a:
                 bindings.append(Binding(r.module, r.attribute, a, r.mul, r.div, r.key))
         object.__setattr__(space, 'bindings', tuple(bindings))
+        object.__setattr__(space, 'conv_units', dict(led.conv_units))
         self._axis_of = axis
         return space
 
@@ -558,8 +596,9 @@ class _Solver:
         meta = self.ledger.model
         widths = {n: space.rounded(g, g.size * (low + (high - low) * (k * GOLDEN % 1)))
                   for k, (n, g) in enumerate(space.searchable.items())}
-        resize_meta(meta, space, widths)
-        steps = space.steps(widths)
+        steps, shapes = space.steps(widths), space.shapes(widths)
+        replace_tensors(meta, lambda name, t: t.new_empty(shapes[name]))
+        apply_bindings(meta, space, steps)
         lengths: dict[int, int] = {}
 
         def size(e, s):
