@@ -160,7 +160,7 @@ def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
     wout, win = (lw[1], lw[0]) if transposed else (lw[0], lw[1])
     cin, cout = x.shape[1], out.shape[1]
     i, o = cin // groups, cout // groups
-    if groups == 1:
+    if groups == 1 and not t.conv_unit(weight):  # (a unit may be all that an earlier resize left of a grouped one)
         merge(t, [lx[1], win], [cin, cin], cin, 'a convolution')
         label = wout if is_ids(wout) else None
     else:

@@ -60,7 +60,7 @@ class Ledger:
         self.outputs: dict[str, list] = {}  # module -> (label, shape) of its outputs, for the modules asked for
         self.inputs: dict[str, list] = {}  # head module -> id axes of its input
         self.blocks: list[str] = []
-        self.sums: dict[int, list] = {}  # id of a sum (or its activation) -> what it was made of
+        self.sums: dict[int, list] = {}  # id of a sum or an activation -> (whether a sum, ids of its operands)
         self.conv_units: dict[str, bool] = {}
         self.modules = dict(model.named_modules())
 
@@ -153,10 +153,41 @@ class Ledger:
                 assert not is_ids(e) or len(e) == s, (name, e.shape, o.shape)
             self.labels[id(o)] = lab
             self.keep.append(o)
-        if plain in ('add', 'relu', 'dropout') or plain in ('silu', 'gelu', 'hardswish'):
-            self.sums[id(out)] = [id(x) for x in tensors] + (self.sums.get(id(out), []) if out is args[0] else [])
+        if plain in RESIDUAL and isinstance(out, torch.Tensor):
+            self.sums.setdefault(id(out), []).append((plain == 'add', [id(x) for x in tensors]))
         self.ops.append((name, self.stack[-1], label, [tuple(o.shape) for o in outs],
                          [e for x in labelled for e in self.labels[id(x)] if is_ids(e)]))
+
+
+RESIDUAL = frozenset('add relu dropout silu gelu hardswish'.split())  # what a block's sum may pass before it leaves the block
+SHAPE_KEPT = frozenset('relu relu6 gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu mish dropout'.split())
+BROADCAST = frozenset('add sub mul div'.split())
+
+
+def _execute(func, args, kwargs):
+    """Runs an operation on meta tensors; the commonest ones by shape alone, since their meta kernels take most of the time."""
+    name, inplace = func._schema.name[6:], False
+    if name[-1] == '_' and name[-2] != '_':
+        name, inplace = name[:-1], True
+    x = args[0] if args else None
+    if name in SHAPE_KEPT and isinstance(x, torch.Tensor):
+        return x if inplace else torch.empty_like(x)
+    if name == 'batch_norm' and not args[5]:
+        if any(v is not None and v.shape[0] != x.shape[1] for v in args[1:5]):
+            raise RuntimeError(f'batch norm of {x.shape[1]} channels with a vector of another length')
+        return torch.empty_like(x)
+    if name in BROADCAST and isinstance(x, torch.Tensor) and len(args) > 1:
+        y = args[1]
+        if not isinstance(y, torch.Tensor) or x.dtype == y.dtype and x.shape == torch.broadcast_shapes(x.shape, y.shape):
+            if x.is_floating_point() and len(args) == 2:
+                return x if inplace else torch.empty_like(x)
+    return func(*args, **(kwargs or {}))
+
+
+def _composite(func) -> bool:
+    """Whether an operation without a rule is made of others, which may have one."""
+    name = func._schema.name.split('::')[1]
+    return name not in RULES and name.rstrip('_') not in RULES and func._can_decompose()
 
 
 class _Recorder(TorchDispatchMode):
@@ -165,7 +196,10 @@ class _Recorder(TorchDispatchMode):
         self.ledger = ledger
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        if _composite(func):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        out = _execute(func, args, kwargs)
         self.ledger.record(func, out, args, kwargs)
         return out
 
@@ -180,6 +214,9 @@ class _Checker(TorchDispatchMode):
         self.deviations: list[tuple[int, str]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if _composite(func):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         called = func._schema.name.split('::')[1]
         at = self.at
         while at < len(self.predicted) - 1 and self.predicted[at][0] != called and not self.predicted[at][2]:
@@ -191,7 +228,7 @@ class _Checker(TorchDispatchMode):
         self.at = at + 1
         fault = None
         try:
-            out = func(*args, **(kwargs or {}))
+            out = _execute(func, args, kwargs)
             outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, torch.Tensor)]
             got = [tuple(o.shape) for o in outs]
             if not _agree(got, shapes):
@@ -246,16 +283,18 @@ def _module_stack(ledger: Ledger, wanted: set):
 
 
 def _reaches(sums: dict, start: int, goal: int) -> bool:
-    """Whether a tensor is another one plus something (or an activation of that)."""
-    todo, seen, added = [start], set(), False
+    """Whether a tensor is another one plus something, up to activations."""
+    todo, seen = [(start, False)], {(start, False)}
     while todo:
-        at = todo.pop()
-        for x in sums.get(at, ()):
-            if x == goal and (at != goal):
-                return True
-            if x not in seen:
-                seen.add(x)
-                todo.append(x)
+        at, added = todo.pop()
+        for is_sum, operands in sums.get(at, ()):
+            for x in operands:
+                state = (x, added or is_sum)
+                if x == goal and state[1]:
+                    return True
+                if state not in seen:
+                    seen.add(state)
+                    todo.append(state)
     return False
 
 
