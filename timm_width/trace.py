@@ -60,7 +60,7 @@ class Ledger:
         self.outputs: dict[str, list] = {}  # module -> (label, shape) of its outputs, for the modules asked for
         self.inputs: dict[str, list] = {}  # head module -> id axes of its input
         self.blocks: list[str] = []
-        self.sums: dict[int, list] = {}  # id of a sum or an activation -> (whether a sum, ids of its operands)
+        self.sums: dict[int, list] = {}  # id of a sum or an activation -> (operation, whether a sum, ids of its operands)
         self.conv_units: dict[str, bool] = {}
         self.modules = dict(model.named_modules())
 
@@ -154,7 +154,7 @@ class Ledger:
             self.labels[id(o)] = lab
             self.keep.append(o)
         if plain in RESIDUAL and isinstance(out, torch.Tensor):
-            self.sums.setdefault(id(out), []).append((plain == 'add', [id(x) for x in tensors]))
+            self.sums.setdefault(id(out), []).append((len(self.ops), plain == 'add', [id(x) for x in tensors]))
         self.ops.append((name, self.stack[-1], label, [tuple(o.shape) for o in outs],
                          [e for x in labelled for e in self.labels[id(x)] if is_ids(e)]))
 
@@ -256,21 +256,23 @@ class _Astray(Exception):
 def _module_stack(ledger: Ledger, wanted: set):
     """Keeps the path of the running module, the outputs of wanted modules, and the residual blocks."""
     path = {m: n for n, m in ledger.modules.items()}
+    entered: list[int] = []  # operations run before each module on the stack
 
     def enter(module, args):
         name = path.get(module, ledger.stack[-1])
         ledger.stack.append(name)
+        entered.append(len(ledger.ops))
         if 'head' in name.rpartition('.')[2] and args and isinstance(args[0], torch.Tensor):
             ledger.inputs[name] = [e for e in ledger.label(args[0]) if is_ids(e)]
 
     def leave(module, args, out):
-        name = ledger.stack.pop()
+        name, since = ledger.stack.pop(), entered.pop()
         if name in wanted:
             outs = out if isinstance(out, (list, tuple)) else [out]
             ledger.outputs[name] = [(ledger.label(o), tuple(o.shape)) for o in outs if isinstance(o, torch.Tensor)]
         if (name and len(args) == 1 and isinstance(out, torch.Tensor) and isinstance(args[0], torch.Tensor)
                 and out.shape == args[0].shape and not any(b.startswith(name + '.') for b in ledger.blocks)
-                and _reaches(ledger.sums, id(out), id(args[0]))):
+                and _reaches(ledger.sums, id(out), id(args[0]), since)):
             ledger.blocks.append(name)
 
     handles = [nn.modules.module.register_module_forward_pre_hook(enter),
@@ -282,13 +284,13 @@ def _module_stack(ledger: Ledger, wanted: set):
             h.remove()
 
 
-def _reaches(sums: dict, start: int, goal: int) -> bool:
-    """Whether a tensor is another one plus something, up to activations."""
+def _reaches(sums: dict, start: int, goal: int, since: int) -> bool:
+    """Whether a tensor is another one plus something, up to activations, by operations run since a point."""
     todo, seen = [(start, False)], {(start, False)}
     while todo:
         at, added = todo.pop()
-        for is_sum, operands in sums.get(at, ()):
-            for x in operands:
+        for op, is_sum, operands in sums.get(at, ()):
+            for x in operands if op >= since else ():
                 state = (x, added or is_sum)
                 if x == goal and state[1]:
                     return True
