@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .config import record
 from .space import Axis, WidthError, WidthSpace
 
 __all__ = ['IMPORTANCE', 'apply_bindings', 'feature_info', 'importance_scores', 'replace_tensors', 'resize']
@@ -78,6 +79,7 @@ def resize(
         parent, _, leaf = name.rpartition('.')
         if not any(name.startswith(s + '.') for s in skips):
             model.get_submodule(parent)._modules[leaf] = nn.Identity()
+    record(model, {n: w for n, w in widths.items() if w != space[n].size}, skips)
     return model
 
 

@@ -1,0 +1,232 @@
+"""A resized model as timm's own config.json: what goes in, what is accepted, and how it is written.
+
+`model_args` of the config rebuild the model: `widths`, `skips`, the `format` number and `shapes`, a fingerprint. Configs come
+from the Hub, so everything is checked before anything is built: no code, no pickle, bounds on size, depth, names and numbers.
+"""
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from torch import nn
+
+from .space import WidthError, WidthSpace, nearest
+
+__all__ = [
+    'FORMAT', 'SUFFIX', 'ConfigError', 'Spec', 'check_args', 'check_shapes', 'fingerprint', 'load_spec', 'record', 'save',
+    'unknown_argument',
+]
+
+FORMAT = 1
+SUFFIX = '_width'
+MAX_BYTES = 4 << 20
+MAX_GROUPS = 20_000
+MODEL_ARGS = ('widths', 'skips', 'format', 'shapes')
+
+
+class ConfigError(WidthError):
+    """A config that this version cannot or will not read."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a search returns and a config stores: an architecture and its widths.
+
+    Attributes:
+        architecture: Registered name, as in 'resnet50_width'.
+        widths: Group -> channels; groups left out are at base.
+        skips: Residual blocks left out.
+        model_args: Other arguments of the architecture, such as in_chans.
+        provenance: How the widths were found; nothing reads it at load.
+        shapes: Fingerprint of the model that these widths must give, if known.
+    """
+    architecture: str
+    widths: Mapping[str, int]
+    skips: tuple[str, ...] = ()
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Optional[str] = None
+
+
+def check_args(name: str, widths: Any, skips: Any, format: Any, shapes: Any) -> None:
+    """Checks the types and bounds of a config's own model_args; the space checks the rest.
+
+    Raises:
+        ConfigError: With every fault found.
+    """
+    faults = []
+    if isinstance(format, bool) or not isinstance(format, int) or format < 1:
+        faults.append(f'format must be a whole number from 1, not {str(format)[:40]!r}')
+    elif format > FORMAT:
+        faults.append(f'format {format} is newer than this version of timm_width reads (up to {FORMAT}): upgrade timm_width')
+    if widths is not None and not isinstance(widths, Mapping):
+        hint = ' (to read a file, use timm_width.load_spec(path).widths)' if isinstance(widths, str) else ''
+        faults.append(f'widths must be a dict of group name -> channels, not {type(widths).__name__}{hint}')
+    elif widths is not None and len(widths) > MAX_GROUPS:
+        faults.append(f'widths has {len(widths)} entries, more than the {MAX_GROUPS} that are allowed')
+    if isinstance(skips, (str, Mapping)) or not isinstance(skips, Sequence) or len(skips) > MAX_GROUPS:
+        faults.append(f'skips must be a list of block names, not {type(skips).__name__}')
+    if shapes is not None and (not isinstance(shapes, str) or not shapes.startswith('sha256:') or len(shapes) > 80):
+        faults.append(f"shapes must be a fingerprint 'sha256:...', not {str(shapes)[:40]!r}")
+    if faults:
+        raise ConfigError(f'{name}: ' + '\n  '.join(faults))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of the names and shapes of a model's parameters, without classifier and first convolution.
+
+    What follows the image resolution (tables of positions) counts by name and rank only.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    left_out = []
+    for key in ('classifier', 'first_conv'):
+        names = cfg.get(key) or ()
+        left_out += [names] if isinstance(names, str) else list(names)
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if any(name.startswith(n + '.') for n in left_out):
+            continue
+        shape = tuple(p.shape) if name.rpartition('.')[2] in ('weight', 'bias') or p.ndim < 2 else p.ndim
+        digest.update(f'{name}:{shape};'.encode())
+    return 'sha256:' + digest.hexdigest()[:16]
+
+
+def record(model: nn.Module, widths: Mapping[str, int], skips: Sequence[str]) -> None:
+    """Notes on a timm model what it was resized to, so that timm's own save_for_hf writes a config that rebuilds it."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not cfg or not cfg.get('architecture'):
+        return
+    name = cfg['architecture']
+    cfg = dict(cfg, architecture=name if name.endswith(SUFFIX) else name + SUFFIX)
+    model.pretrained_cfg = model.default_cfg = cfg
+    old = dict(getattr(model, '_model_args', {}))
+    old['widths'] = {**old.get('widths', {}), **{k: int(v) for k, v in widths.items()}}
+    old['skips'] = sorted({*old.get('skips', ()), *skips})
+    model._model_args = {**old, 'format': FORMAT, 'shapes': fingerprint(model)}
+
+
+def save(
+        model: nn.Module,
+        folder: Union[str, os.PathLike],
+        provenance: Optional[Mapping[str, Any]] = None,
+        weights: bool = True,
+) -> Path:
+    """Writes config.json (and model.safetensors) into a folder that timm loads by `local-dir:` and pushes to the Hub.
+
+    Each file is written beside its place and renamed, so that a killed process leaves the old one or the new one.
+
+    Args:
+        model: A resized timm model, or any `_width` model.
+        folder: Made if missing.
+        provenance: How the widths were found; stored under 'timm_width'.
+        weights: Whether to write the weights too.
+
+    Returns:
+        Path of the config.
+
+    Raises:
+        ConfigError: The model is not a timm model that a config can rebuild.
+    """
+    import timm
+    from timm.models import save_for_hf
+
+    if isinstance(getattr(model, 'model', None), nn.Module) and not hasattr(model, 'pretrained_cfg'):
+        model = model.model  # a Supernet
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    if not name:
+        raise ConfigError(f'{type(model).__name__} is not a timm model (it has no pretrained_cfg): a config cannot rebuild it')
+    if not hasattr(model, 'num_classes') or not hasattr(model, 'num_features'):
+        raise ConfigError(f'{type(model).__name__} has no classifier settings (a features_only model?): save the whole model')
+    if not name.endswith(SUFFIX):
+        record(model, {}, ())
+        name = model.pretrained_cfg['architecture']
+    if not timm.is_model(name):
+        raise ConfigError(f"'{name}' is not registered: call timm_width.register('{name.removesuffix(SUFFIX)}') first")
+    args = {k: v for k, v in model._model_args.items() if k not in ('importance', 'pretrained')}
+    args = {**args, 'widths': dict(args.get('widths') or {}), 'skips': list(args.get('skips') or ()),
+            'format': FORMAT, 'shapes': fingerprint(model)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
+        layout = _contiguous(model)
+        old, model._model_args = model._model_args, args
+        try:
+            save_for_hf(model, beside, safe_serialization=True, model_config={'timm_width': dict(provenance or {})})
+        finally:
+            model._model_args = old
+            layout()
+        for file in ('model.safetensors', 'config.json') if weights else ('config.json',):  # the config last
+            os.replace(Path(beside) / file, folder / file)
+    return folder / 'config.json'
+
+
+def _contiguous(model: nn.Module):
+    """Makes all tensors contiguous, as safetensors asks, and returns a function that puts the old ones back."""
+    changed = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if not t.is_contiguous()]
+    for t, data in changed:
+        t.data = data.contiguous()
+
+    def undo() -> None:
+        for t, data in changed:
+            t.data = data
+    return undo
+
+
+def load_spec(path: Union[str, os.PathLike]) -> Spec:
+    """Reads the widths of a config.json, strictly; nothing is built.
+
+    Args:
+        path: The file, or the folder that holds it.
+
+    Raises:
+        ConfigError: The file is missing, too large, not JSON, or says what this version does not know.
+    """
+    path = Path(path)
+    path = path / 'config.json' if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f'{path}: there is no such file')
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f'{path}: {path.stat().st_size} bytes is no config (at most {MAX_BYTES})')
+    try:
+        data = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        reason = 'nested too deeply' if isinstance(e, RecursionError) else str(e)
+        raise ConfigError(f'{path}: not a JSON file: {reason}') from None
+    if not isinstance(data, dict) or not isinstance(data.get('architecture'), str):
+        raise ConfigError(f"{path}: not a timm config: it has no 'architecture'")
+    name = data['architecture'][:200]
+    if not name.endswith(SUFFIX):
+        raise ConfigError(f"{path}: '{name}' is not a width model: its name would end in '{SUFFIX}'")
+    args = data.get('model_args', {})
+    if not isinstance(args, dict):
+        raise ConfigError(f'{path}: model_args must be a dict, not {type(args).__name__}')
+    try:
+        check_args(str(path), args.get('widths'), args.get('skips', []), args.get('format', 1), args.get('shapes'))
+    except RecursionError:
+        raise ConfigError(f'{path}: nested too deeply') from None
+    rest = {k: v for k, v in args.items() if k not in MODEL_ARGS}
+    provenance = data.get('timm_width', {})
+    return Spec(name, dict(args.get('widths') or {}), tuple(args.get('skips', ())), rest,
+                provenance if isinstance(provenance, dict) else {}, args.get('shapes'))
+
+
+def unknown_argument(name: str, error: TypeError, known: Sequence[str]) -> Optional[ConfigError]:
+    """The clear form of a constructor's complaint about an argument that it does not know."""
+    text = str(error)
+    if 'unexpected keyword argument' not in text:
+        return None
+    key = text.rpartition('argument')[2].strip().strip("'\"")[:80]
+    return ConfigError(f"{name}: unknown argument '{key}'{nearest(key, known)}")
+
+
+def check_shapes(model: nn.Module, space: WidthSpace, shapes: Optional[str]) -> None:
+    """Refuses a model that is not the one its config was saved from."""
+    found = fingerprint(model)
+    if shapes is not None and found != shapes:
+        raise ConfigError(
+            f'{space.architecture}: these widths give a model of other shapes here ({found}) than where the config was saved '
+            f'({shapes}); it was written by another version of timm or timm_width, or edited')

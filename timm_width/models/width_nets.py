@@ -1,0 +1,129 @@
+"""`<base>_width`: every supported timm conv net, with `widths=` and `skips=`.
+
+An entry point builds the base as timm does, with timm's own arguments, and resizes it. The names come from `supported.json`,
+which `make_supported.py` writes by running the laws over timm's registry.
+"""
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, is_model, model_entrypoint, register_model
+from timm.models._pretrained import DefaultCfg
+from timm.models._registry import split_model_name_tag
+from torch import nn
+
+from ..config import FORMAT, SUFFIX, ConfigError, check_args, check_shapes, unknown_argument
+from ..resize import feature_info, resize
+from ..space import WidthError, nearest
+from ..trace import trace
+
+__all__ = ['is_supported', 'register', 'supported']
+
+default_cfgs: dict[str, DefaultCfg] = {}  # read by register_model
+OWN_ARGS = ('widths', 'skips', 'format', 'shapes', 'importance')
+SOURCES = ('hf-hub', 'local-dir')
+
+
+@lru_cache
+def supported() -> dict[str, dict]:
+    """Base name -> {'family', 'share', 'half_macs', ...}, for the models registered on import."""
+    return json.loads((Path(__file__).parent / 'supported.json').read_text())
+
+
+def is_supported(base: str) -> bool:
+    """Whether `<base>_width` is registered."""
+    return is_model(base + SUFFIX)
+
+
+def register(base: str) -> str:
+    """Registers `<base>_width` for a model that timm knows, with the base's pretrained tags.
+
+    Args:
+        base: Any registered model name.
+
+    Returns:
+        The new name.
+
+    Raises:
+        WidthError: timm does not know the model, or no width of it can change.
+    """
+    if not is_model(base):
+        raise WidthError(f"timm has no model '{base}'{nearest(base, timm.list_models())}")
+    if base.endswith(SUFFIX):
+        return base
+    name = base + SUFFIX
+    if not is_model(name):
+        import torch
+        with torch.device('meta'):
+            space = trace(timm.create_model(base))
+        if not space.searchable:
+            reason = next(iter(space.frozen.values()), 'it has no channels')
+            raise WidthError(f"'{base}' has no searchable group: {reason}")
+        _register(base)
+    return name
+
+
+def _register(base: str) -> None:
+    name = base + SUFFIX
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(base, name, pretrained, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f'{base} with `widths=` (group -> channels) and `skips=` (residual blocks left out).'
+    tags = {split_model_name_tag(k)[1]: v for k, v in get_arch_pretrained_cfgs(base).items()}
+    cfg = DefaultCfg(is_pretrained=any(c.has_weights for c in tags.values()))
+    cfg.tags.extend(tags)
+    cfg.cfgs.update(tags)
+    default_cfgs[name] = cfg
+    register_model(entry)
+
+
+def _build(
+        base: str,
+        name: str,
+        pretrained: bool,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[dict] = None,
+        cache_dir: Optional[str] = None,
+        widths: Optional[Mapping[str, int]] = None,
+        skips: Sequence[str] = (),
+        format: int = FORMAT,
+        shapes: Optional[str] = None,
+        importance: Optional[str] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    check_args(name, widths, skips, format, shapes)
+    cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
+    own_weights = cfg.get('source') in SOURCES  # from a folder or the Hub: already resized; else the base's
+    feature_cfg: dict[str, Any] = {'feature_cls': 'getter'}
+    indices_given = 'out_indices' in kwargs
+    source = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, cache_dir=cache_dir)
+    create = model_entrypoint(base)
+
+    def build(**build_args: Any) -> nn.Module:
+        try:
+            model = create(pretrained=pretrained and not own_weights, **source, **build_args)
+        except TypeError as e:
+            raise unknown_argument(name, e, OWN_ARGS) or e from None
+        if not indices_given:
+            feature_cfg['out_indices'] = tuple(range(len(feature_info(model))))
+        model.pretrained_cfg = dict(model.pretrained_cfg, architecture=name)
+        model._model_args = {}
+        if widths or skips:
+            space = trace(model)
+            fresh_args = {k: v for k, v in build_args.items() if k not in ('device', 'dtype')}
+            resize(model, space, widths or {}, skips, importance=importance, fresh=lambda: create(**fresh_args))
+            check_shapes(model, space, shapes)
+        return model
+
+    return build_model_with_cfg(
+        build, name, pretrained and own_weights, feature_cfg=feature_cfg, pretrained_strict=True, **source, **kwargs)
+
+
+for _base in supported():
+    if is_model(_base):
+        _register(_base)
