@@ -50,24 +50,24 @@ SIZES: dict[str, dict[str, str]] = {
 PLAIN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def recipes(model: nn.Module, conv_units: dict[str, bool]) -> list[Recipe]:
+def recipes(model: nn.Module, unit_rules: dict[str, bool]) -> list[Recipe]:
     """Lists the sizes that restate a weight's shape, for every module of a model at its base widths.
 
     Args:
         model: The model, at base widths.
-        conv_units: For each grouped convolution, whether its conv-groups are units.
+        unit_rules: For each grouped convolution and norm, whether its groups are units.
     """
     out = []
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):
-            out += _conv(path, module, conv_units.get(path))
+            out += _conv(path, module, unit_rules.get(path))
         for cls in type(module).__mro__:
             for attribute, size in SIZES.get(cls.__name__, {}).items():
                 tensor, _, dim = size.partition(':')
                 attribute, _, key = attribute.partition('[')
                 tensor = f'{path}.{tensor}' if path else tensor
                 out.append(Recipe(path, attribute, tensor, int(dim), key=(int(key[:-1]),) if key else ()))
-        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:  # one norm-group is one unit
+        if isinstance(module, nn.GroupNorm) and unit_rules.get(path):
             tensor = f'{path}.weight' if path else 'weight'
             out.append(Recipe(path, 'num_groups', tensor, 0, 1, module.num_channels // module.num_groups))
     return out

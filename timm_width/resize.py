@@ -145,9 +145,9 @@ def apply_bindings(model: nn.Module, space: WidthSpace, steps: Sequence[int]) ->
             feature_info(module)[b.key[0]][b.key[1]] = value
         else:
             setattr(module, b.attribute, _with_entry(getattr(module, b.attribute), b.key, value))
-    for name, unit in space.conv_units.items():
+    for name, unit in space.unit_rules.items():
         if name in modules:
-            modules[name].width_unit = unit  # a later trace must cut this grouped convolution in the same way
+            modules[name].width_unit = unit  # a later trace must cut these groups in the same way
 
 
 def _with_entry(held, key: tuple, value: int):

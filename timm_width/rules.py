@@ -7,7 +7,7 @@ ledger, and returns the label of the output (a list of labels for a list of outp
 name without the in-place underscore. An operation without a rule freezes every group it touches.
 
 Ledger methods that rules use: `label(tensor)`, `unite(a, b)`, `freeze(ids, reason)`, `order(ids)`, `site(...)`, and
-`conv_unit(weight)` for what an earlier resize decided about a grouped convolution.
+`unit_rule(weight)` and `note_unit_rule(weight, unit)` for how a grouped convolution or norm was, and is, cut.
 """
 import math
 from typing import Callable
@@ -160,7 +160,7 @@ def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
     wout, win = (lw[1], lw[0]) if transposed else (lw[0], lw[1])
     cin, cout = x.shape[1], out.shape[1]
     i, o = cin // groups, cout // groups
-    if groups == 1 and not t.conv_unit(weight):  # (a unit may be all that an earlier resize left of a grouped one)
+    if groups == 1 and not t.unit_rule(weight):  # (a unit may be all that an earlier resize left of a grouped one)
         merge(t, [lx[1], win], [cin, cin], cin, 'a convolution')
         label = wout if is_ids(wout) else None
     else:
@@ -197,7 +197,7 @@ def grouped_conv(t, ein, win, wout, cin, cout, groups, transposed, weight):
             if is_ids(e):
                 t.freeze(e, 'a grouped convolution over an axis that carries no channels')
         return label
-    unit = t.conv_unit(weight)
+    unit = t.unit_rule(weight)
     if unit is None:
         unit = not (groups <= FEW_GROUPS and i >= LARGE_GROUP)
     if transposed or label is None and i > 1:
@@ -221,7 +221,7 @@ def grouped_conv(t, ein, win, wout, cin, cout, groups, transposed, weight):
             t.unite(rows_in[0], win)
         else:
             t.freeze(ein, 'a grouped convolution with fixed inputs')
-    t.conv_rule(weight, unit)
+    t.note_unit_rule(weight, unit)
     return label
 
 
@@ -318,9 +318,10 @@ def _layer_norm(t, out, x, shape, weight=None, bias=None, *args, **kwargs):
 @rule('group_norm')
 def _group_norm(t, out, x, groups, weight=None, bias=None, *args, **kwargs):
     label = _norm(t, t.label(x), [1], out.shape, (weight, bias), 'group norm')
-    if groups > 1 and is_ids(label[1]):  # one norm-group is one unit, as for convolutions
+    if is_ids(label[1]) and (groups > 1 or t.unit_rule(weight)):  # one norm-group is one unit, as for convolutions
         rows = label[1].reshape(groups, -1)
         t.unite(rows[:, :1].repeat(rows.shape[1], 1), rows)
+        t.note_unit_rule(weight, True)
     return label
 
 

@@ -122,7 +122,7 @@ class WidthSpace:
     sites: tuple[Site, ...] = field(repr=False)
     blocks: tuple[Block, ...] = field(repr=False)
     bindings: tuple[Binding, ...] = field(repr=False)
-    conv_units: Mapping[str, bool] = field(default_factory=dict, repr=False)
+    unit_rules: Mapping[str, bool] = field(default_factory=dict, repr=False)
     deployed_sites: Optional[tuple[Site, ...]] = field(default=None, repr=False)
 
     @cached_property

@@ -61,7 +61,7 @@ class Ledger:
         self.inputs: dict[str, list] = {}  # head module -> id axes of its input
         self.blocks: list[str] = []
         self.sums: dict[int, list] = {}  # id of a sum or an activation -> (operation, whether a sum, ids of its operands)
-        self.conv_units: dict[str, bool] = {}
+        self.unit_rules: dict[str, bool] = {}
         self.modules = dict(model.named_modules())
 
     def channels(self, name: str) -> list:
@@ -105,14 +105,16 @@ class Ledger:
             self.producers.append((owner, outputs))
         self.sites.append((owner, kind, positions, factors, tuple(size), inputs, outputs))
 
-    def _conv_module(self, weight) -> Optional[nn.Module]:
-        return self.modules.get(self.names.get(id(weight), '').rpartition('.')[0])
+    def _owner(self, weight) -> str:
+        """Module that holds a weight, or that is running (a weight may be standardised on the way)."""
+        return self.names.get(id(weight), '').rpartition('.')[0] or self.stack[-1]
 
-    def conv_unit(self, weight) -> Optional[bool]:
-        return getattr(self._conv_module(weight), 'width_unit', None)
+    def unit_rule(self, weight) -> Optional[bool]:
+        """Whether an earlier resize took the groups of this convolution or norm as units; None if it is at base."""
+        return getattr(self.modules.get(self._owner(weight)), 'width_unit', None)
 
-    def conv_rule(self, weight, unit: bool) -> None:
-        self.conv_units[self.names.get(id(weight), '').rpartition('.')[0]] = unit
+    def note_unit_rule(self, weight, unit: bool) -> None:
+        self.unit_rules[self._owner(weight)] = unit
 
     # the run
 
@@ -456,7 +458,7 @@ class _Solver:
 
     def space(self) -> WidthSpace:
         led = self.ledger
-        self.recipes = recipes(led.model, led.conv_units) + led.recipes + metadata(led.model, led)
+        self.recipes = recipes(led.model, led.unit_rules) + led.recipes + metadata(led.model, led)
         for name, p in led.tensors.items():
             for e in led.label(p):
                 if is_ids(e):
@@ -612,7 +614,7 @@ class _Solver:
             if a:
                 bindings.append(Binding(r.module, r.attribute, a, r.mul, r.div, r.key))
         object.__setattr__(space, 'bindings', tuple(bindings))
-        object.__setattr__(space, 'conv_units', dict(led.conv_units))
+        object.__setattr__(space, 'unit_rules', dict(led.unit_rules))
         self._axis_of = axis
         return space
 
