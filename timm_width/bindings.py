@@ -3,8 +3,9 @@
 Two sources. `SIZES` lists the attributes of torch's and timm's own layers that restate the shape of a weight. Everything else
 (split sizes, view shapes, slice ends) is found while the model runs: every int that a module keeps is replaced by a `Size`, an
 int that remembers where it came from through `+ - * //`; where a Size reaches a call that says how long a channel axis is, that
-is an equation, attribute = axis. Solved, they are the bindings of the space. A size met by two axes unites them. The lengths that
-`x.shape` gives are Sizes too: code such as `reshape(B, N, heads, C // heads)` ties the new axis to the one that C was read from.
+is an equation, attribute = axis. Solved, they are the bindings of the space. A size met by two axes unites them. The lengths
+that `x.shape` gives are Sizes too: code such as `reshape(B, N, heads, C // heads)` ties the new axis to the one that C was read
+from.
 """
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .resize import feature_info
 from .rules import is_ids
 
-__all__ = ['Recipe', 'Size', 'SizeWatcher', 'metadata', 'recipes', 'tag_sizes']
+__all__ = ['FUSE', 'Recipe', 'Size', 'SizeWatcher', 'metadata', 'recipes', 'tag_sizes']
 
 Where = tuple[str, str, tuple]  # module path, attribute, key inside it
 
@@ -47,6 +48,7 @@ SIZES: dict[str, dict[str, str]] = {
     'SimpleNorm': {'normalized_shape[0]': 'weight:0'},
     'SimpleNorm2d': {'normalized_shape[0]': 'weight:0'},
 }
+FUSE = ('fuse', 'reparameterize', 'switch_to_deploy')  # methods that timm's reparameterize_model calls; they read sizes too
 PLAIN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -87,7 +89,7 @@ def _conv(path: str, conv: nn.Module, unit: Optional[bool]) -> list[Recipe]:
 def metadata(model: nn.Module, ledger) -> list[Recipe]:
     """Lists the widths that timm models state about themselves: num_features, head_hidden_size, feature_info, their heads'.
 
-    No forward reads them, so no shape check would miss them; features_only, reset_classifier and users do read them.
+    No forward reads them, so no shape check would miss them; features_only, reset_classifier, fusion and users do read them.
     """
     classifier = []
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
@@ -113,6 +115,11 @@ def metadata(model: nn.Module, ledger) -> list[Recipe]:
             state(path, module, 'in_features', ledger.inputs[path] + features)
             state(path, module, 'num_features', last + ledger.inputs[path])
             state(path, module, 'hidden_size', last)
+        elif path in ledger.inputs and any(hasattr(module, method) for method in FUSE):
+            for attribute in ('in_chs', 'in_channels', 'groups', 'dim'):
+                state(path, module, attribute, ledger.inputs[path])
+            for attribute in ('out_chs', 'out_channels'):
+                state(path, module, attribute, ledger.channels(path))
     for k, info in enumerate(feature_info(model)):
         found = ledger.channels(str(info.get('module', ''))) + ledger.channels(f'#intermediate.{k}')
         ids = next((e for e in found if len(e) == info.get('num_chs')), None)

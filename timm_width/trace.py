@@ -1,12 +1,7 @@
-"""trace(model) -> WidthSpace: one labelled run on the meta device, then the check of law 0.
+"""trace(model) -> WidthSpace: one labelled run on the meta device, the unions solved, then the check of law 0.
 
-The model is never run, moved or changed: a copy whose tensors live on the meta device is. A `Ledger` keeps the label of every
-tensor while `rules.py` says how operations move ids; unions are collected as edges and solved once at the end.
+The model is never run, moved or changed: a copy whose tensors live on the meta device is.
 """
-import copy
-import logging
-import math
-from contextlib import contextmanager
 from typing import Optional, Sequence
 
 import numpy as np
@@ -14,292 +9,20 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bindings import SizeWatcher, metadata, recipes, tag_sizes
-from .resize import apply_bindings, feature_info, replace_tensors
-from .rules import RULES, is_ids, tensors_in
+from .bindings import metadata, recipes
+from .check import deviations
+from .deployed import deployed_sites
+from .ledger import Ledger, meta_copy, restore, run, snapshot
+from .resize import apply_bindings, replace_tensors
+from .rules import is_ids
 from .space import Axis, Binding, Block, Group, Site, TensorAxes, WidthSpace
 
 __all__ = ['TraceError', 'meta_copy', 'trace']
 
-_logger = logging.getLogger(__name__)
-
 MAX_CHECKS = 24  # rounds of law 0 before all that still deviates is frozen at once
 GOLDEN = 0.6180339887  # its multiples fill an interval evenly
-SHATTERED = 32  # a producer whose channels fall into more single-id groups than this is frozen
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Copies a module with every parameter and buffer replaced by an empty one on the meta device, floats as float32."""
-    memo = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device='meta', dtype=torch.float32), requires_grad=False)
-    for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device='meta', dtype=torch.float32 if b.is_floating_point() else b.dtype)
-    return copy.deepcopy(model, memo)
-
-
-class Ledger:
-    """Labels of all tensors of one run, the edges between ids, and what became of them."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.count = 0
-        self.labels: dict[int, list] = {}
-        self.keep: list = []  # tensors, so that no id() is used twice
-        self.edges: list[tuple[np.ndarray, np.ndarray]] = []
-        self.frozen: list[tuple[np.ndarray, str]] = []
-        self.ordered: list[np.ndarray] = []
-        self.sites: list = []
-        self.producers: list[tuple[str, np.ndarray]] = []
-        self.names: dict[int, str] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.stack: list[str] = ['']
-        self.ops: list[tuple] = []  # (name, module, output labels, output shapes, touched ids)
-        self.outputs: dict[str, list] = {}  # module -> (label, shape) of its outputs, for the modules asked for
-        self.inputs: dict[str, list] = {}  # head module -> id axes of its input
-        self.blocks: list[str] = []
-        self.sums: dict[int, list] = {}  # id of a sum or an activation -> (operation, whether a sum, ids of its operands)
-        self.unit_rules: dict[str, bool] = {}
-        self.modules = dict(model.named_modules())
-
-    def channels(self, name: str) -> list:
-        """Id axes of what a module put out: of each tensor, and of several tensors together along dimension 1."""
-        found = self.outputs.get(name, ())
-        out = [e for label, _ in found for e in label if is_ids(e)]
-        if len(found) > 1 and all(len(label) > 1 and is_ids(label[1]) for label, _ in found):
-            out.append(np.concatenate([label[1] for label, _ in found]))
-        return out
-
-    # what rules use
-
-    def label(self, x: torch.Tensor) -> list:
-        found = self.labels.get(id(x))
-        return found if found is not None else [None] * x.ndim
-
-    def new(self, n: int) -> np.ndarray:
-        self.count += n
-        return np.arange(self.count - n, self.count)
-
-    def fixed(self, n: int, reason: str) -> np.ndarray:
-        ids = self.new(n)
-        self.freeze(ids, reason)
-        return ids
-
-    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        if a is not b:
-            self.edges.append((a.reshape(-1), b.reshape(-1)))
-
-    def freeze(self, ids: np.ndarray, reason: str) -> None:
-        where = self.stack[-1]
-        self.frozen.append((ids.reshape(-1), f'{reason} in {where}' if where else reason))
-
-    def order(self, ids: np.ndarray) -> None:
-        self.ordered.append(ids)
-
-    def site(self, kind, positions, factors, size, inputs, outputs, weight) -> None:
-        name = self.names.get(id(weight), '') if weight is not None else ''
-        owner = name.rsplit('.', 1)[0] if name else self.stack[-1]
-        if outputs is not None and is_ids(outputs) and kind != 'matmul':
-            self.producers.append((owner, outputs))
-        self.sites.append((owner, kind, positions, factors, tuple(size), inputs, outputs))
-
-    def _owner(self, weight) -> str:
-        """Module that holds a weight, or that is running (a weight may be standardised on the way)."""
-        return self.names.get(id(weight), '').rpartition('.')[0] or self.stack[-1]
-
-    def unit_rule(self, weight) -> Optional[bool]:
-        """Whether an earlier resize took the groups of this convolution or norm as units; None if it is at base."""
-        return getattr(self.modules.get(self._owner(weight)), 'width_unit', None)
-
-    def note_unit_rule(self, weight, unit: bool) -> None:
-        self.unit_rules[self._owner(weight)] = unit
-
-    # the run
-
-    def start(self, x: torch.Tensor) -> None:
-        convs = {n for n, m in self.modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
-        for name, p in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            owner, _, leaf = name.rpartition('.')
-            rank = min(p.ndim, 2) if leaf == 'weight' and owner in convs else p.ndim
-            if p.is_floating_point():
-                self.labels[id(p)] = [self.new(s) if s > 0 and d < rank and (s > 1 or rank <= 2) else None
-                                      for d, s in enumerate(p.shape)]
-            self.names[id(p)] = name
-            self.tensors[name] = p
-        self.labels[id(x)] = [None, self.fixed(x.shape[1], 'network input'), *[None] * (x.ndim - 2)]
-        self.keep.append(x)
-
-    def record(self, func, out, args, kwargs) -> None:
-        tensors = tensors_in(args) + (tensors_in(kwargs.values()) if kwargs else [])
-        outs = list(out) if isinstance(out, (list, tuple)) else [out]
-        outs = [o for o in outs if isinstance(o, torch.Tensor)]
-        name = func._schema.name.split('::')[1]
-        plain = name.rstrip('_') or name
-        fn = RULES.get(name) or RULES.get(plain)
-        labelled = [x for x in tensors if id(x) in self.labels]
-        if not labelled and not (fn and not tensors):
-            label = [[None] * o.ndim for o in outs]
-        elif fn is None:
-            for x in tensors:
-                for e in self.label(x):
-                    if is_ids(e):
-                        self.freeze(e, f'aten.{name}, for which there is no rule,')
-            label = [[None] * o.ndim for o in outs]
-        else:
-            label = fn(self, out, *args, **(kwargs or {}))
-            label = list(label) if isinstance(out, (list, tuple)) else [list(label)]
-        for o, lab in zip(outs, label):
-            for e, s in zip(lab, o.shape):
-                assert not is_ids(e) or len(e) == s, (name, e.shape, o.shape)
-            self.labels[id(o)] = lab
-            self.keep.append(o)
-        if plain in RESIDUAL and isinstance(out, torch.Tensor):
-            self.sums.setdefault(id(out), []).append((len(self.ops), plain == 'add', [id(x) for x in tensors]))
-        self.ops.append((name, self.stack[-1], label, [tuple(o.shape) for o in outs],
-                         [e for x in labelled for e in self.labels[id(x)] if is_ids(e)]))
-
-
-RESIDUAL = frozenset('add relu dropout silu gelu hardswish'.split())  # what a block's sum may pass before it leaves the block
-SHAPE_KEPT = frozenset('relu relu6 gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu mish dropout'.split())
-BROADCAST = frozenset('add sub mul div'.split())
-
-
-def _execute(func, args, kwargs):
-    """Runs an operation on meta tensors; the commonest ones by shape alone, since their meta kernels take most of the time."""
-    name, inplace = func._schema.name[6:], False
-    if name[-1] == '_' and name[-2] != '_':
-        name, inplace = name[:-1], True
-    x = args[0] if args else None
-    if name in SHAPE_KEPT and isinstance(x, torch.Tensor):
-        return x if inplace else torch.empty_like(x)
-    if name == 'batch_norm' and not args[5]:
-        if any(v is not None and v.shape[0] != x.shape[1] for v in args[1:5]):
-            raise RuntimeError(f'batch norm of {x.shape[1]} channels with a vector of another length')
-        return torch.empty_like(x)
-    if name in BROADCAST and isinstance(x, torch.Tensor) and len(args) > 1:
-        y = args[1]
-        if not isinstance(y, torch.Tensor) or x.dtype == y.dtype and x.shape == torch.broadcast_shapes(x.shape, y.shape):
-            if x.is_floating_point() and len(args) == 2:
-                return x if inplace else torch.empty_like(x)
-    return func(*args, **(kwargs or {}))
-
-
-def _composite(func) -> bool:
-    """Whether an operation without a rule is made of others, which may have one."""
-    name = func._schema.name.split('::')[1]
-    return name not in RULES and name.rstrip('_') not in RULES and func._can_decompose()
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self, ledger: Ledger):
-        super().__init__()
-        self.ledger = ledger
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if _composite(func):
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        out = _execute(func, args, kwargs)
-        self.ledger.record(func, out, args, kwargs)
-        return out
-
-
-class _Checker(TorchDispatchMode):
-    """Compares each output with the shape predicted; where they differ, notes it and goes on with the prediction."""
-
-    def __init__(self, predicted: list):
-        super().__init__()
-        self.predicted = predicted
-        self.at = 0
-        self.deviations: list[tuple[int, str]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if _composite(func):
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        called = func._schema.name.split('::')[1]
-        at = self.at
-        while at < len(self.predicted) - 1 and self.predicted[at][0] != called and not self.predicted[at][2]:
-            at += 1  # operations on constants may be cached by the first run
-        name, shapes, _ = self.predicted[at] if at < len(self.predicted) else ('the end', (), True)
-        if called != name:
-            self.deviations.append((min(at, len(self.predicted) - 1), f'{called} runs instead of {name}'))
-            raise _Astray
-        self.at = at + 1
-        fault = None
-        try:
-            out = _execute(func, args, kwargs)
-            outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, torch.Tensor)]
-            got = [tuple(o.shape) for o in outs]
-            if not _agree(got, shapes):
-                fault = f'{name} gives {got} where {shapes} was expected'
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as e:
-            fault, out = f'{name}: {str(e).splitlines()[0][:120]}', ()
-        if fault:
-            self.deviations.append((at, fault))
-            new = [torch.empty([abs(n) for n in s], device='meta') for s in shapes]
-            out = tuple(new) if isinstance(out, (list, tuple)) and len(shapes) != 1 else new[0] if new else out
-        return out
-
-
-def _agree(got: list, predicted: list) -> bool:
-    """Whether shapes are those predicted; a negative size stands for any (equal values along that dimension)."""
-    return got == predicted or len(got) == len(predicted) and all(
-        len(a) == len(b) and all(n == m or m < 0 for n, m in zip(a, b)) for a, b in zip(got, predicted))
-
-
-class _Astray(Exception):
-    """The resized model does not run the operations of the base."""
-
-
-@contextmanager
-def _module_stack(ledger: Ledger, wanted: set):
-    """Keeps the path of the running module, the outputs of wanted modules, and the residual blocks."""
-    path = {m: n for n, m in ledger.modules.items()}
-    entered: list[int] = []  # operations run before each module on the stack
-
-    def enter(module, args):
-        name = path.get(module, ledger.stack[-1])
-        ledger.stack.append(name)
-        entered.append(len(ledger.ops))
-        if 'head' in name.rpartition('.')[2] and args and isinstance(args[0], torch.Tensor):
-            ledger.inputs[name] = [e for e in ledger.label(args[0]) if is_ids(e)]
-
-    def leave(module, args, out):
-        name, since = ledger.stack.pop(), entered.pop()
-        if name in wanted:
-            outs = out if isinstance(out, (list, tuple)) else [out]
-            ledger.outputs[name] = [(ledger.label(o), tuple(o.shape)) for o in outs if isinstance(o, torch.Tensor)]
-        if (name and len(args) == 1 and isinstance(out, torch.Tensor) and isinstance(args[0], torch.Tensor)
-                and out.shape == args[0].shape and not any(b.startswith(name + '.') for b in ledger.blocks)
-                and _reaches(ledger.sums, id(out), id(args[0]), since)):
-            ledger.blocks.append(name)
-
-    handles = [nn.modules.module.register_module_forward_pre_hook(enter),
-               nn.modules.module.register_module_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for h in handles:
-            h.remove()
-
-
-def _reaches(sums: dict, start: int, goal: int, since: int) -> bool:
-    """Whether a tensor is another one plus something, up to activations, by operations run since a point."""
-    todo, seen = [(start, False)], {(start, False)}
-    while todo:
-        at, added = todo.pop()
-        for op, is_sum, operands in sums.get(at, ()):
-            for x in operands if op >= since else ():
-                state = (x, added or is_sum)
-                if x == goal and state[1]:
-                    return True
-                if state not in seen:
-                    seen.add(state)
-                    todo.append(state)
-    return False
+SHATTERED = 32  # a producer whose channels fall into more groups than this is frozen
 
 
 class TraceError(ValueError):
@@ -310,12 +33,14 @@ def _name(model: nn.Module) -> str:
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
 
 
-def trace(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> WidthSpace:
+def trace(model: nn.Module, input_size: Optional[Sequence[int]] = None, deployed: bool = False) -> WidthSpace:
     """Finds the width groups of a model.
 
     Args:
         model: A timm model (or any module of one image input); it is neither run nor changed.
         input_size: (channels, height, width); by default the model's own.
+        deployed: Also follow a re-parameterisable model (RepVGG, MobileOne, FastViT) into its fused form, for
+            `Macs(space, deployed=True)`; the fusion of a large model takes seconds.
 
     Returns:
         The space. Groups that cannot be resized are in it, frozen, with the reason.
@@ -323,15 +48,15 @@ def trace(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> Width
     size = _input_size(model, input_size)
     with torch.inference_mode():
         meta = meta_copy(model).eval()
-        kept = _snapshot(meta)
+        kept = snapshot(meta)
         try:
-            ledger = _run(meta, size)
+            ledger = run(meta, size)
         except Exception as e:
             where = 'x'.join(map(str, size))
             raise TraceError(f'{_name(model)} does not run on an image of {where}: {type(e).__name__}: '
                              f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}") from e
-        _restore(kept)
-        return _Solver(ledger, model, size).space()
+        restore(kept)
+        return _Solver(ledger, model, size, deployed).space()
 
 
 def _input_size(model, input_size) -> tuple[int, ...]:
@@ -343,98 +68,24 @@ def _input_size(model, input_size) -> tuple[int, ...]:
     return tuple(int(s) for s in input_size)
 
 
-def _run(meta: nn.Module, size: tuple) -> Ledger:
-    ledger = Ledger(meta)
-    x = torch.empty(1, *size, device='meta')
-    ledger.start(x)
-    watcher = SizeWatcher(ledger)
-    tag_sizes(meta)
-    wanted = {str(i.get('module', '')) for i in feature_info(meta)}
-    with _module_stack(ledger, wanted), torch.device('meta'), _Recorder(ledger), _forward_features(ledger), watcher:
-        out = meta(x)
-        _intermediates(ledger, x)
-    ledger.recipes = watcher.solve()
-    outs = tensors_in([out] if isinstance(out, torch.Tensor) else list(out.values()) if isinstance(out, dict) else out)
-    if getattr(meta, 'num_classes', None) != 0:
-        ledger.stack = ['']
-        for o in outs:
-            for e in ledger.label(o):
-                if is_ids(e):
-                    ledger.freeze(e, 'network output')
-    ledger.outputs['#output'] = [(ledger.label(o), tuple(o.shape)) for o in outs]
-    return ledger
-
-
-def _intermediates(ledger: Ledger, x: torch.Tensor) -> None:
-    """Runs forward_intermediates for the entries of feature_info that name no module that ran whole."""
-    meta, info = ledger.model, feature_info(ledger.model)
-    missing = [k for k, i in enumerate(info)
-               if not any(len(e) == i.get('num_chs') for e in ledger.channels(str(i.get('module', ''))))]
-    if not missing or not hasattr(meta, 'forward_intermediates'):
-        return
-    kept = [list(held) for held in (ledger.ops, ledger.sites, ledger.producers, ledger.blocks)]
-    try:
-        found = meta.forward_intermediates(x, intermediates_only=True)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as e:
-        _logger.debug('forward_intermediates of %s: %s', type(meta).__name__, e)
-        found = []
-    ledger.ops, ledger.sites, ledger.producers, ledger.blocks = kept
-    if len(found) == len(info):
-        for k in missing:
-            ledger.outputs[f'#intermediate.{k}'] = [(ledger.label(o), tuple(o.shape)) for o in tensors_in([found[k]])]
-
-
-@contextmanager
-def _forward_features(ledger: Ledger):
-    """Notes the label of what forward_features returns, as module name '#features'."""
-    meta = ledger.model
-    inner = getattr(meta, 'forward_features', None)
-    if inner is None:
-        yield
-        return
-
-    def noted(*args, **kwargs):
-        out = inner(*args, **kwargs)
-        ledger.outputs['#features'] = [(ledger.label(o), tuple(o.shape)) for o in tensors_in([out])]
-        return out
-
-    meta.forward_features = noted
-    try:
-        yield
-    finally:
-        del meta.forward_features
-
-
-def _snapshot(model: nn.Module) -> list:
-    """What modules keep in plain attributes, to undo what a run caches there (attention biases, position embeddings)."""
-    return [(m, {k: dict(v) if type(v) is dict else v for k, v in m.__dict__.items() if k[0] != '_'}) for m in model.modules()]
-
-
-def _restore(kept: list) -> None:
-    for module, attributes in kept:
-        for k in [k for k in module.__dict__ if k[0] != '_' and k not in attributes]:
-            del module.__dict__[k]
-        for k, v in attributes.items():
-            now = module.__dict__.get(k)
-            if type(v) is dict and now != v:
-                now.clear()
-                now.update(v)
-            elif now is not v and type(v) is not dict:
-                module.__dict__[k] = v
+def _components(ledger: Ledger) -> np.ndarray:
+    """Solves the unions: the component of every id."""
+    n = max(ledger.count, 1)
+    if ledger.edges:
+        a, b = (np.concatenate(z) for z in zip(*ledger.edges, strict=True))
+    else:
+        a = b = np.zeros(0, dtype=np.int64)
+    _, root = connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)
+    return root.astype(np.int64)
 
 
 class _Solver:
     """Turns a ledger into a space: solves the unions, finds the segments, freezes what law 0 refuses."""
 
-    def __init__(self, ledger: Ledger, model: nn.Module, size: tuple):
+    def __init__(self, ledger: Ledger, model: nn.Module, size: tuple, deployed: bool):
         self.ledger, self.model, self.size = ledger, model, size
-        n = max(ledger.count, 1)
-        if ledger.edges:
-            a, b = (np.concatenate(z) for z in zip(*ledger.edges))
-        else:
-            a = b = np.zeros(0, dtype=np.int64)
-        _, root = connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)
-        self.root = root.astype(np.int64)
+        self.want_deployed = deployed
+        self.root = _components(ledger)
         self.n = int(self.root.max()) + 1
         self._axes: dict[int, tuple] = {}  # id(array) -> runs
         self._by_runs: dict[bytes, tuple] = {}
@@ -458,7 +109,8 @@ class _Solver:
 
     def space(self) -> WidthSpace:
         led = self.ledger
-        self.recipes = recipes(led.model, led.unit_rules) + led.recipes + metadata(led.model, led)
+        # what the run itself said of a size comes last, and so wins
+        self.recipes = recipes(led.model, led.unit_rules) + metadata(led.model, led) + led.recipes
         for name, p in led.tensors.items():
             for e in led.label(p):
                 if is_ids(e):
@@ -470,6 +122,7 @@ class _Solver:
                         self.runs(e)
         self._segments()
         self._names()
+        self.deployed = deployed_sites(led.model, self.size, led, _components) if self.want_deployed else None
         reasons = self._frozen()
         return self._checked(reasons)
 
@@ -607,7 +260,8 @@ class _Solver:
 
         blocks = tuple(Block(n) for n in led.blocks)
         space = WidthSpace(
-            _name(self.model), self.size, groups, tensors, sites(led.sites), blocks, ())
+            _name(self.model), self.size, groups, tensors, sites(led.sites), blocks, (),
+            deployed_sites=sites(self.deployed) if self.deployed else None)
         bindings = []
         for r in self.recipes:
             a = axis(r.ids) if r.ids is not None else tensors[r.tensor].axes[r.dim] if r.tensor in tensors else None
@@ -655,18 +309,7 @@ class _Solver:
 
         predicted = [(name, [tuple(map(size, lab, sh)) for lab, sh in zip(label, shapes)], bool(touched))
                      for name, _, label, shapes, touched in self.ledger.ops]
-        checker = _Checker(predicted)
-        x = torch.empty(1, *self.size, device='meta')
-        kept = _snapshot(meta)
-        try:
-            with torch.device('meta'), checker:
-                meta(x)
-        except _Astray:
-            pass
-        except Exception as e:  # the model's own code refused the sizes
-            checker.deviations.append((min(checker.at, len(predicted) - 1), f'{type(e).__name__}: {str(e)[:120]}'))
-        _restore(kept)
-        return checker.deviations
+        return deviations(meta, self.size, predicted)
 
     def _freeze(self, found: list, reasons: dict[int, str], everything: bool) -> bool:
         """Freezes the groups on the axes of the operations that deviate, or of the modules around them."""
