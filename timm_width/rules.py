@@ -134,6 +134,11 @@ def _factors(entries, sizes) -> tuple[int, list]:
     return math.prod(s for e, s in zip(entries, sizes) if not is_ids(e)), [e for e in entries if is_ids(e)]
 
 
+def _positions(out, label) -> tuple[int, ...]:
+    """Sizes between the first and the last dimension that carry no channels."""
+    return tuple(s for e, s in zip(label[1:], out.shape[1:-1]) if not is_ids(e))
+
+
 @rule('conv1d', 'conv2d', 'conv3d', 'convolution')
 def _conv(t, out, x, weight, bias=None, stride=1, padding=0, dilation=1, *rest, **kwargs):
     if len(rest) >= 2:  # aten.convolution: transposed, output_padding, groups
@@ -150,7 +155,6 @@ def _conv_transpose(t, out, x, weight, bias=None, stride=1, padding=0, output_pa
 
 def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
     lx, lw = t.label(x), t.label(weight)
-    spatial = out.ndim - 2
     if x.ndim != out.ndim or weight.ndim != out.ndim:
         freeze_label(t, lx, 'an unbatched convolution')
         return [None] * out.ndim
@@ -184,7 +188,8 @@ def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
     fixed *= math.prod(weight.shape[2:])
     channels, sizes = [lw[0], lw[1]], weight.shape[:2]
     fixed2, free2 = _factors(channels, sizes)
-    t.site('conv', fixed * fixed2, free + free2, out.shape[2:] if spatial else (), lx[1], label, weight)
+    size = [s for e, s in zip(place, out.shape[2:]) if not is_ids(e)]
+    t.site('conv', fixed * fixed2, free + free2, size, lx[1], label, weight)
     return [lx[0], label, *place]
 
 
@@ -233,7 +238,7 @@ def _linear(t, out, x, weight, bias=None):
     if bias is not None:
         label = merge(t, [label, t.label(bias)[0]], [out.shape[-1]] * 2, out.shape[-1], 'a linear bias')
     fixed, free = _factors([*lx[:-1], lw[0], lw[1]], [*x.shape[:-1], *weight.shape])
-    t.site('linear', fixed, free, x.shape[1:-1], lx[-1], label, weight)
+    t.site('linear', fixed, free, _positions(x, lx), lx[-1], label, weight)
     return [*lx[:-1], label]
 
 
@@ -257,7 +262,7 @@ def _matmul(t, out, a, b):
         here = [(lab[d], x.shape[d]) for lab, x in ((la, a), (lb, b)) if x.ndim >= -d]
         batch.append(merge(t, [e for e, _ in here], [s for _, s in here], out.shape[d], 'a batched product'))
     fixed, free = _factors([*batch, la[-2], inner, lb[-1]], [*out.shape[:-2], a.shape[-2], a.shape[-1], b.shape[-1]])
-    t.site('matmul', fixed, free, out.shape[1:-1], inner, lb[-1], None)
+    t.site('matmul', fixed, free, _positions(out, [*batch, la[-2]]), inner, lb[-1], None)
     return [*batch, la[-2], lb[-1]]
 
 
@@ -285,7 +290,7 @@ def _sdpa(t, out, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwa
             merge(t, [label[d], lm[d]], [shape[d], attn_mask.shape[d]], shape[d], 'an attention mask')
     for last, e in ((inner, q), (lv[-1], v)):
         fixed, free = _factors([*batch, lq[-2], keys, last], [*out.shape[:-2], q.shape[-2], k.shape[-2], e.shape[-1]])
-        t.site('matmul', fixed, free, out.shape[1:-1], inner, lv[-1], None)
+        t.site('matmul', fixed, free, _positions(out, [*batch, lq[-2]]), inner, lv[-1], None)
     return [*batch, lq[-2], lv[-1]]
 
 

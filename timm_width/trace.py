@@ -202,7 +202,12 @@ class _Solver:
         for ids, reason in self.ledger.frozen:
             for g in np.unique(self.seg[self.root[ids]]):
                 reasons.setdefault(int(g), reason)
+        params = {n for n, _ in self.ledger.model.named_parameters()}
+        data = [e for n, p in self.ledger.tensors.items() if n not in params for e in self.ledger.label(p) if is_ids(e)]
+        held = {int(g) for e in data for g in np.unique(self.seg[self.root[e]])}
         for g in self.name:
+            if g in held and g not in self.produced:
+                reasons.setdefault(g, 'fixed data in a buffer')
             if self.steps[g] == 1 and self.unit[g] == 1:
                 reasons.setdefault(g, 'a single channel')
         return reasons
