@@ -6,8 +6,6 @@ from typing import Optional, Sequence
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from .bindings import metadata, recipes
@@ -70,13 +68,19 @@ def _input_size(model, input_size) -> tuple[int, ...]:
 
 def _components(ledger: Ledger) -> np.ndarray:
     """Solves the unions: the component of every id."""
-    n = max(ledger.count, 1)
     if ledger.edges:
         a, b = (np.concatenate(z) for z in zip(*ledger.edges, strict=True))
     else:
         a = b = np.zeros(0, dtype=np.int64)
-    _, root = connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)
-    return root.astype(np.int64)
+    return _connected(a, b, max(ledger.count, 1))
+
+
+def _connected(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
+    """The connected component of each of n nodes, for edges a - b."""
+    from scipy.sparse import coo_matrix  # slow to import, and not needed to register the models
+    from scipy.sparse.csgraph import connected_components
+
+    return connected_components(coo_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1].astype(np.int64)
 
 
 class _Solver:
@@ -152,8 +156,7 @@ class _Solver:
         note(prv, t[t >= 0], np.where(bad, -1, f)[t >= 0])
         linked = (nxt >= 0) & (prv[np.maximum(nxt, 0)] == np.arange(n)) & (nxt != np.arange(n)) & link_ok
         a = np.flatnonzero(linked)
-        _, seg = connected_components(coo_matrix((np.ones(len(a), bool), (a, nxt[a])), shape=(n, n)), directed=False)
-        self.seg = seg.astype(np.int64)
+        self.seg = _connected(a, nxt[a], n)
         self.steps = np.bincount(self.seg)
         # position of each component in its segment: follow the links from the heads
         self.pos = np.zeros(n, dtype=np.int64)

@@ -3,6 +3,7 @@
 An entry point builds the base as timm does, with timm's own arguments, and resizes it. The names come from `supported.json`,
 which `make_supported.py` writes by running the laws over timm's registry.
 """
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import timm
-from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, is_model, model_entrypoint, register_model
+from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
 from timm.models._pretrained import DefaultCfg
-from timm.models._registry import split_model_name_tag
+from timm.models._registry import _model_pretrained_cfgs, _model_with_tags, split_model_name_tag
 from torch import nn
 
 from ..config import FORMAT, SUFFIX, ConfigError, check_args, check_shapes, unknown_argument
@@ -25,6 +26,7 @@ __all__ = ['is_supported', 'register', 'supported']
 default_cfgs: dict[str, DefaultCfg] = {}  # read by register_model
 OWN_ARGS = ('widths', 'skips', 'format', 'shapes', 'importance')
 SOURCES = ('hf-hub', 'local-dir')
+BUILDER_ARGS = {*inspect.signature(build_model_with_cfg).parameters, 'pruned'} - {'kwargs', 'pretrained_model_args'}
 
 
 @lru_cache
@@ -50,8 +52,10 @@ def register(base: str) -> str:
     Raises:
         WidthError: timm does not know the model, or no width of it can change.
     """
-    if not is_model(base):
-        raise WidthError(f"timm has no model '{base}'{nearest(base, timm.list_models())}")
+    if not isinstance(base, str) or not is_model(base):
+        shown = str(base)[:80]
+        raise WidthError(f"timm has no model '{shown}'{nearest(shown, timm.list_models())}")
+    base = split_model_name_tag(base)[0]
     if base.endswith(SUFFIX):
         return base
     name = base + SUFFIX
@@ -74,7 +78,8 @@ def _register(base: str) -> None:
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f'{base} with `widths=` (group -> channels) and `skips=` (residual blocks left out).'
-    tags = {split_model_name_tag(k)[1]: v for k, v in get_arch_pretrained_cfgs(base).items()}
+    # (the public get_arch_pretrained_cfgs copies deeply, which for all models takes longer than the rest of the import)
+    tags = {split_model_name_tag(k)[1]: _model_pretrained_cfgs[k] for k in _model_with_tags[base]}
     cfg = DefaultCfg(is_pretrained=any(c.has_weights for c in tags.values()))
     cfg.tags.extend(tags)
     cfg.cfgs.update(tags)
@@ -86,6 +91,7 @@ def _build(
         base: str,
         name: str,
         pretrained: bool,
+        /,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[dict] = None,
         cache_dir: Optional[str] = None,
@@ -97,6 +103,9 @@ def _build(
         **kwargs: Any,
 ) -> nn.Module:
     check_args(name, widths, skips, format, shapes)
+    for key in kwargs:
+        if key in BUILDER_ARGS:  # of timm's builder: an entry point sets these, never a caller or a config
+            raise ConfigError(f"{name}: unknown argument '{key}'")
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
     own_weights = cfg.get('source') in SOURCES  # from a folder or the Hub: already resized; else the base's
     feature_cfg: dict[str, Any] = {'feature_cls': 'getter'}
@@ -117,7 +126,7 @@ def _build(
             space = trace(model)
             fresh_args = {k: v for k, v in build_args.items() if k not in ('device', 'dtype')}
             resize(model, space, widths or {}, skips, importance=importance, fresh=lambda: create(**fresh_args))
-            check_shapes(model, space, shapes)
+        check_shapes(model, name, shapes)
         return model
 
     return build_model_with_cfg(
