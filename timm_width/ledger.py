@@ -97,7 +97,7 @@ class Ledger:
     def site(self, kind, positions, factors, size, inputs, outputs, weight) -> None:
         name = self.names.get(id(weight), '') if weight is not None else ''
         owner = name.rsplit('.', 1)[0] if name else self.stack[-1]
-        if outputs is not None and is_ids(outputs) and kind != 'matmul':
+        if owner and outputs is not None and is_ids(outputs) and kind != 'matmul':
             self.producers.append((owner, outputs))
         self.sites.append((owner, kind, positions, factors, tuple(size), inputs, outputs))
 
@@ -210,17 +210,17 @@ def _module_stack(ledger: Ledger):
         if args and isinstance(args[0], torch.Tensor):
             ledger.inputs[name] = [e for e in ledger.label(args[0]) if is_ids(e)]
 
-    def leave(module, args, out):
+    def leave(module, args, kwargs, out):
         name, since = ledger.stack.pop(), entered.pop()
         outs = out if isinstance(out, (list, tuple)) else [out]
         ledger.outputs[name] = [(ledger.label(o), tuple(o.shape)) for o in outs if isinstance(o, torch.Tensor)]
-        if (name and len(args) == 1 and isinstance(out, torch.Tensor) and isinstance(args[0], torch.Tensor)
+        if (name and len(args) == 1 and not kwargs and isinstance(out, torch.Tensor) and isinstance(args[0], torch.Tensor)
                 and out.shape == args[0].shape and not any(b.startswith(name + '.') for b in ledger.blocks)
                 and _reaches(ledger.sums, id(out), id(args[0]), since)):
             ledger.blocks.append(name)
 
     handles = [nn.modules.module.register_module_forward_pre_hook(enter),
-               nn.modules.module.register_module_forward_hook(leave)]
+               nn.modules.module.register_module_forward_hook(leave, with_kwargs=True)]
     try:
         yield
     finally:

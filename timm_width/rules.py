@@ -120,7 +120,7 @@ def _softmax(t, out, x, *args, **kwargs):
     return t.label(x)
 
 
-@rule('cumsum', 'cumprod', 'flip', 'roll', 'sort', 'logcumsumexp')
+@rule('cumsum', 'cumprod', 'flip', 'roll', 'logcumsumexp')
 def _ordered_along(t, out, x, *args, **kwargs):
     freeze_label(t, t.label(x), 'an operation that depends on the order of its channels')
     return [None] * out.ndim
@@ -186,8 +186,8 @@ def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
     over = x if transposed else out
     fixed, free = _factors([lx[0], *place], [out.shape[0], *over.shape[2:]])
     fixed *= math.prod(weight.shape[2:])
-    channels, sizes = [lw[0], lw[1]], weight.shape[:2]
-    fixed2, free2 = _factors(channels, sizes)
+    expanded = not transposed and not is_ids(lw[0])  # one filter for all channels
+    fixed2, free2 = _factors([label if expanded else lw[0], lw[1]], weight.shape[:2])
     size = [s for e, s in zip(place, out.shape[2:]) if not is_ids(e)]
     t.site('conv', fixed * fixed2, free + free2, size, lx[1], label, weight)
     return [lx[0], label, *place]
@@ -197,8 +197,8 @@ def grouped_conv(t, ein, win, wout, cin, cout, groups, transposed, weight):
     """Ids of a grouped convolution's output; see DESIGN 2 on conv-groups as units."""
     i, o = cin // groups, cout // groups
     label = wout if is_ids(wout) and len(wout) == cout else None
-    if not is_ids(ein) or (label is None and wout != SAME):
-        for e in (ein, label, win):
+    if not is_ids(ein) or (label is None and (is_ids(wout) or wout != SAME)):
+        for e in (ein, wout, win):
             if is_ids(e):
                 t.freeze(e, 'a grouped convolution over an axis that carries no channels')
         return label
@@ -349,8 +349,8 @@ def _vector_norm(t, out, x, order=2, dim=None, *args, **kwargs):
 def _pool(t, out, x, *args, **kwargs):
     out, several = (out[0], len(out)) if isinstance(out, (list, tuple)) else (out, 0)
     label = list(t.label(x))
-    for d in range(2, x.ndim):
-        if is_ids(label[d]):
+    for d in range(x.ndim):
+        if is_ids(label[d]) and (d > 1 or out.shape[d] != x.shape[d]):
             t.freeze(label[d], 'pooling or resampling along the channels')
             label[d] = None
     return [label] * several if several else label
@@ -528,18 +528,25 @@ def _stack(t, out, tensors, dim=0):
     return [*label[:dim], None, *label[dim:]]
 
 
-@rule('chunk', 'split', 'split_with_sizes', 'tensor_split', 'unsafe_chunk', 'unsafe_split')
-def _split(t, out, x, sizes, dim=0, **kwargs):
+@rule('split_with_sizes', 'tensor_split')
+def _cut(t, out, x, sizes, dim=0, **kwargs):
+    """Parts with sizes of their own are cuts, even where the sizes happen to be equal."""
     label, dim = list(t.label(x)), dim % x.ndim
-    e = label[dim]
-    if not is_ids(e):
+    if not is_ids(label[dim]):
         return [label] * len(out)
-    lengths = [o.shape[dim] for o in out]
-    parts = np.split(e, np.cumsum(lengths)[:-1])
-    if len(set(lengths)) == 1:  # equal parts shrink position by position; unequal ones are cuts
+    parts = np.split(label[dim], np.cumsum([o.shape[dim] for o in out])[:-1])
+    return [[*label[:dim], p, *label[dim + 1:]] for p in parts]
+
+
+@rule('chunk', 'split', 'unsafe_chunk', 'unsafe_split')
+def _split(t, out, x, sizes, dim=0, **kwargs):
+    """Equal parts shrink together, position by position; where the last one is short, they are cuts."""
+    result = _cut(t, out, x, sizes, dim)
+    parts = [label[dim % x.ndim] for label in result]
+    if is_ids(parts[0]) and len({len(p) for p in parts}) == 1:
         for p in parts[1:]:
             t.unite(parts[0], p)
-    return [[*label[:dim], p, *label[dim + 1:]] for p in parts]
+    return result
 
 
 @rule('unbind')
