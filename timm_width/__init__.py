@@ -1,12 +1,15 @@
 """timm_width: finds the widths of timm's conv nets. Importing it registers the `<base>_width` models with timm."""
 from .config import ConfigError, Spec, load_spec, save
+from .cost import Budget, BudgetError, Cost, Macs, Params
 from .models import is_supported, register, supported
+from .recover import widths_from
 from .resize import resize
 from .space import Group, WidthError, WidthSpace
+from .supernet import Supernet, recalibrate
 from .trace import TraceError, trace
 
 __version__ = '0.1.0'
 __all__ = [
-    'ConfigError', 'Group', 'Spec', 'TraceError', 'WidthError', 'WidthSpace', 'is_supported', 'load_spec', 'register', 'resize',
-    'save', 'supported', 'trace',
+    'Budget', 'BudgetError', 'ConfigError', 'Cost', 'Group', 'Macs', 'Params', 'Spec', 'Supernet', 'TraceError', 'WidthError',
+    'WidthSpace', 'is_supported', 'load_spec', 'recalibrate', 'register', 'resize', 'save', 'supported', 'trace', 'widths_from',
 ]

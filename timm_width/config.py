@@ -4,6 +4,7 @@
 from the Hub, so everything is checked before anything is built: no code, no pickle, bounds on size, depth, names and numbers.
 """
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -12,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import timm
 from torch import nn
 
-from .space import WidthError, WidthSpace, nearest
+from .space import WidthError, nearest
 
 __all__ = [
-    'FORMAT', 'SUFFIX', 'ConfigError', 'Spec', 'check_args', 'check_shapes', 'fingerprint', 'load_spec', 'record', 'save',
-    'unknown_argument',
+    'FORMAT', 'SUFFIX', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_shapes', 'fingerprint', 'load_spec',
+    'record', 'save', 'unknown_argument',
 ]
 
 FORMAT = 1
@@ -30,6 +32,10 @@ MODEL_ARGS = ('widths', 'skips', 'format', 'shapes')
 
 class ConfigError(WidthError):
     """A config that this version cannot or will not read."""
+
+
+class ArgumentError(ConfigError, TypeError):
+    """An argument that the model does not have; timm's own models raise TypeError then."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def fingerprint(model: nn.Module) -> str:
     left_out = []
     for key in ('classifier', 'first_conv'):
         names = cfg.get(key) or ()
-        left_out += [names] if isinstance(names, str) else list(names)
+        left_out += [str(n) for n in (names if isinstance(names, (list, tuple)) else [names])]
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if any(name.startswith(n + '.') for n in left_out):
@@ -131,7 +137,6 @@ def save(
     Raises:
         ConfigError: The model is not a timm model that a config can rebuild.
     """
-    import timm
     from timm.models import save_for_hf
 
     if isinstance(getattr(model, 'model', None), nn.Module) and not hasattr(model, 'pretrained_cfg'):
@@ -149,18 +154,29 @@ def save(
     args = {k: v for k, v in model._model_args.items() if k not in ('importance', 'pretrained')}
     args = {**args, 'widths': dict(args.get('widths') or {}), 'skips': list(args.get('skips') or ()),
             'format': FORMAT, 'shapes': fingerprint(model)}
+    provenance = dict(provenance or {})
+    try:
+        json.dumps(provenance)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f'the provenance cannot be written as JSON: {e}') from None
     folder = Path(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
-        layout = _contiguous(model)
-        old, model._model_args = model._model_args, args
-        try:
-            save_for_hf(model, beside, safe_serialization=True, model_config={'timm_width': dict(provenance or {})})
-        finally:
-            model._model_args = old
-            layout()
-        for file in ('model.safetensors', 'config.json') if weights else ('config.json',):  # the config last
-            os.replace(Path(beside) / file, folder / file)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
+            layout = _contiguous(model)
+            old, model._model_args = model._model_args, args
+            try:
+                save_for_hf(model, beside, safe_serialization=True, model_config={'timm_width': provenance})
+            finally:
+                model._model_args = old
+                layout()
+            for file in ('model.safetensors', 'config.json') if weights else ('config.json',):  # the config last
+                os.replace(Path(beside) / file, folder / file)
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     return folder / 'config.json'
 
 
@@ -209,24 +225,28 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
     except RecursionError:
         raise ConfigError(f'{path}: nested too deeply') from None
     rest = {k: v for k, v in args.items() if k not in MODEL_ARGS}
+    wrong = sorted(set(rest) & set(inspect.signature(timm.create_model).parameters))
+    if wrong:  # checkpoint_path, say: a config names no file
+        raise ConfigError(f"{path}: model_args cannot set {', '.join(wrong)}: not an argument of a model but of create_model")
     provenance = data.get('timm_width', {})
     return Spec(name, dict(args.get('widths') or {}), tuple(args.get('skips', ())), rest,
                 provenance if isinstance(provenance, dict) else {}, args.get('shapes'))
 
 
-def unknown_argument(name: str, error: TypeError, known: Sequence[str]) -> Optional[ConfigError]:
+def unknown_argument(name: str, error: TypeError, known: Sequence[str]) -> Optional[ArgumentError]:
     """The clear form of a constructor's complaint about an argument that it does not know."""
     text = str(error)
+    key = text.rpartition('argument')[2].strip().strip("'\"")[:80]
+    if 'multiple values for' in text:
+        return ArgumentError(f"{name}: argument '{key}' is set by the architecture itself")
     if 'unexpected keyword argument' not in text:
         return None
-    key = text.rpartition('argument')[2].strip().strip("'\"")[:80]
-    return ConfigError(f"{name}: unknown argument '{key}'{nearest(key, known)}")
+    return ArgumentError(f"{name}: unknown argument '{key}'{nearest(key, known)}")
 
 
-def check_shapes(model: nn.Module, space: WidthSpace, shapes: Optional[str]) -> None:
+def check_shapes(model: nn.Module, name: str, shapes: Optional[str]) -> None:
     """Refuses a model that is not the one its config was saved from."""
-    found = fingerprint(model)
-    if shapes is not None and found != shapes:
+    if shapes is not None and (found := fingerprint(model)) != shapes:
         raise ConfigError(
-            f'{space.architecture}: these widths give a model of other shapes here ({found}) than where the config was saved '
+            f'{name}: these widths give a model of other shapes here ({found}) than where the config was saved '
             f'({shapes}); it was written by another version of timm or timm_width, or edited')

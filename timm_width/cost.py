@@ -284,8 +284,8 @@ class Macs(Cost):
         """
         sites = space.deployed_sites if deployed else space.sites
         if sites is None:
-            raise ValueError(f'{space.architecture} has no deployed form: it is not re-parameterisable, '
-                             'so its MACs are those of Macs(space)')
+            raise ValueError(f'{space.architecture} has no deployed form in this space: trace it with trace(model, deployed=True); '
+                             'a model that is not re-parameterisable has none')
         super().__init__(space, 'MACs', ((s.name, s.positions, s.factors) for s in sites))
 
 

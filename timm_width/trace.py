@@ -2,6 +2,7 @@
 
 The model is never run, moved or changed: a copy whose tensors live on the meta device is.
 """
+import numbers
 from typing import Optional, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from .space import Axis, Binding, Block, Group, Site, TensorAxes, WidthSpace
 
 __all__ = ['TraceError', 'meta_copy', 'trace']
 
-MAX_CHECKS = 24  # rounds of law 0 before all that still deviates is frozen at once
+MAX_CHECKS = 24  # rounds of law 0 before everything is frozen
 GOLDEN = 0.6180339887  # its multiples fill an interval evenly
 SHATTERED = 32  # a producer whose channels fall into more groups than this is frozen
 
@@ -63,6 +64,9 @@ def _input_size(model, input_size) -> tuple[int, ...]:
         input_size = cfg.get('input_size', (3, 224, 224))
         in_chans = getattr(model, 'in_chans', None) or input_size[0]
         input_size = (in_chans, *input_size[1:])
+    if isinstance(input_size, str) or not isinstance(input_size, Sequence) or not all(
+            isinstance(s, numbers.Integral) and s > 0 for s in input_size):
+        raise TraceError(f'input_size must be (channels, height, width), not {input_size!r}')
     return tuple(int(s) for s in input_size)
 
 
@@ -285,22 +289,25 @@ class _Solver:
 
         Every group gets a ratio of its own: equal ratios would hide sizes that the model's code ties together.
         """
-        for attempt in range(MAX_CHECKS):
+        found: list[tuple[int, str]] = []
+        for _ in range(MAX_CHECKS):
             space = self.build(reasons)
-            if not space.searchable:
-                break
-            found = self._deviations(space, 0.3, 0.8) + self._deviations(space, 1.1, 1.6)
+            found = self._deviations(space, 0.3, 0.8) + self._deviations(space, 1.1, 1.6) if space.searchable else []
             if not found:
+                return space
+            if not self._freeze(found, reasons):
                 break
-            if not self._freeze(found, reasons, everything=attempt > MAX_CHECKS // 2):
-                for g in self.name:
-                    reasons.setdefault(g, f'law 0: {found[0][1]}')
-        return self.build(reasons) if space.searchable and found else space
+        for g in self.name:
+            reasons.setdefault(g, f'law 0: {found[0][1]}')
+        return self.build(reasons)
 
     def _deviations(self, space: WidthSpace, low: float, high: float) -> list[tuple[int, str]]:
         meta = self.ledger.model
         widths = {n: space.rounded(g, g.size * (low + (high - low) * (k * GOLDEN % 1)))
                   for k, (n, g) in enumerate(space.searchable.items())}
+        for n, g in space.searchable.items():
+            if widths[n] == g.size:  # few steps: every group must change
+                widths[n] = max(g.size + (g.unit if low > 1 else -g.unit), g.unit)
         steps, shapes = space.steps(widths), space.shapes(widths)
         replace_tensors(meta, lambda name, t: t.new_empty(shapes[name]))
         apply_bindings(meta, space, steps)
@@ -319,21 +326,21 @@ class _Solver:
                      for name, _, label, shapes, touched in self.ledger.ops]
         return deviations(meta, self.size, predicted)
 
-    def _freeze(self, found: list, reasons: dict[int, str], everything: bool) -> bool:
+    def _freeze(self, found: list, reasons: dict[int, str]) -> bool:
         """Freezes the groups on the axes of the operations that deviate, or of the modules around them."""
-        led, new = self.ledger, False
+        led, new, before = self.ledger, False, set(reasons)
         for at, fault in found:
             name, module, label, _, touched = led.ops[at]
             ids = touched + [e for lab in label for e in lab if is_ids(e)]
             prefix = module
             while True:
-                groups = {int(g) for e in ids for g in np.unique(self.seg[self.root[e]])} - set(reasons)
+                groups = {int(g) for e in ids for g in np.unique(self.seg[self.root[e]])} - before
                 if groups or prefix is None:
                     break
                 ids = [e for n, m, lab, _, t in led.ops if m == prefix or m.startswith(prefix + '.') or not prefix
                        for e in t]
                 prefix = prefix.rpartition('.')[0] if prefix else None
             for g in groups:
-                reasons[g] = f'law 0: {fault} in {module}'
+                reasons.setdefault(g, f'law 0: {fault} in {module}')
                 new = True
         return new

@@ -16,7 +16,7 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import _model_pretrained_cfgs, _model_with_tags, split_model_name_tag
 from torch import nn
 
-from ..config import FORMAT, SUFFIX, ConfigError, check_args, check_shapes, unknown_argument
+from ..config import FORMAT, SUFFIX, ArgumentError, check_args, check_shapes, unknown_argument
 from ..resize import feature_info, resize
 from ..space import WidthError, nearest
 from ..trace import trace
@@ -105,7 +105,7 @@ def _build(
     check_args(name, widths, skips, format, shapes)
     for key in kwargs:
         if key in BUILDER_ARGS:  # of timm's builder: an entry point sets these, never a caller or a config
-            raise ConfigError(f"{name}: unknown argument '{key}'")
+            raise ArgumentError(f"{name}: unknown argument '{key}'")
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
     own_weights = cfg.get('source') in SOURCES  # from a folder or the Hub: already resized; else the base's
     feature_cfg: dict[str, Any] = {'feature_cls': 'getter'}

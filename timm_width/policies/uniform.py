@@ -1,0 +1,14 @@
+"""The uniform baseline: one factor for all groups."""
+from .base import Choice, Evaluate, Policy, uniform_widths
+
+__all__ = ['Uniform']
+
+
+class Uniform(Policy):
+    """Every group at one ratio of its base width, the largest that meets the budget, rounded to the grid.
+
+    The width multiplier of MobileNets (Howard et al., 2017), found by bisection. Trains nothing.
+    """
+
+    def choose(self, evaluate: Evaluate) -> Choice:
+        return Choice(uniform_widths(self.space, self.budget, self.grid))

@@ -1,0 +1,76 @@
+"""Trains a timm model, plain or searched, with timm's data, optimisers and schedules.
+
+    python train.py --model local-dir:runs/x --dataset digits --epochs 20 --output runs/y
+
+Flags that timm's train.py has too mean the same. This is a first form. Not there yet: the rest of timm's flags (mixup, EMA,
+gradient accumulation, channels-last, torch.compile, distillation, -c YAML files, ...), checkpoints and --resume, several
+processes. --output is the folder itself, with config.json, model.safetensors, args.yaml and one row per epoch in summary.csv.
+"""
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from timm.models import save_for_hf
+from timm.utils import random_seed, update_summary
+
+from .config import SUFFIX, load_spec, save
+from .data import DEFAULTS, View, loader, open_splits
+from .engine import Parser, add_arguments, check_arguments, create, data_config, fit, top1, write_args
+
+__all__ = ['main', 'train']
+
+RESULTS = ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv')
+
+
+def parse(argv: Optional[Sequence[str]] = None) -> Namespace:
+    """Reads the flags; an embedded dataset brings defaults of its own."""
+    first = Parser(add_help=False)
+    first.add_argument('--dataset')
+    known, _ = first.parse_known_args(argv)
+    parser = Parser(prog='timm-width train', description=__doc__)
+    add_arguments(parser)
+    parser.set_defaults(**DEFAULTS.get(known.dataset, {}))
+    return parser.parse_args(argv)
+
+
+def train(args: Namespace) -> float:
+    """Runs a training.
+
+    Returns:
+        Top-1 accuracy on the validation images after the last epoch.
+    """
+    check_arguments(args)
+    splits = open_splits(args)
+    random_seed(args.seed)
+    model = create(args.model, args.num_classes, args.pretrained)
+    config = data_config(args, model)
+    batches = loader(View(splits.train), args, config, training=True)
+    validation = loader(View(splits.validation), args, config, training=False)
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        (output / name).unlink(missing_ok=True)
+    write_args(args, output)
+    accuracy = 0.
+
+    def after_epoch(epoch: int, loss: float, lr: float) -> None:
+        nonlocal accuracy
+        accuracy = top1(model, validation, args)
+        model.train()
+        update_summary(epoch, {'loss': loss}, {'top1': accuracy}, output / 'summary.csv', lr=lr)
+        print(f'epoch {epoch}: loss {loss:.4f}, top-1 {accuracy:.2f} %', flush=True)
+
+    fit(model, batches, args, args.epochs, args.model, after_epoch)
+    if model.pretrained_cfg['architecture'].endswith(SUFFIX):
+        source, _, path = args.model.partition(':')
+        save(model, output, load_spec(path).provenance if source == 'local-dir' else None)
+    else:
+        save_for_hf(model, output, safe_serialization=True)
+    return accuracy
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Parses and trains."""
+    train(parse(argv))
