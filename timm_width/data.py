@@ -115,6 +115,11 @@ def _folder(root: Path) -> Splits:
     if len(classes) < 2:
         raise UsageError(f"{train.reader.root} has one class ('{next(iter(classes))}'), a classifier needs two or more: "
                          'put the images of each class into a subfolder of its own')
+    first = train.reader.samples[0][0]
+    try:
+        Image.open(first).load()
+    except OSError as e:
+        raise UsageError(f"'{first}' cannot be read as an image: {e}") from None
     validation = _read(root, VALIDATION)
     unknown = sorted(set(validation.reader.class_to_idx) - set(classes))
     if unknown:

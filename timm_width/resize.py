@@ -105,7 +105,7 @@ def _resized(tensor: torch.Tensor, places: list, fresh: Optional[torch.Tensor]) 
             out = out.index_select(d, torch.as_tensor(p[0], device=tensor.device))
     if any(p is not None and p[2] > len(p[0]) for p in places):
         # any element of the fresh tensor is as good a sample of the initialisation as any other
-        pool = fresh.to(tensor).reshape(-1)
+        pool = (tensor if fresh is None else fresh).to(tensor).reshape(-1)
         new = pool[torch.randint(len(pool), shape).to(pool.device)]
         at = []
         for d, (s, p) in enumerate(zip(out.shape, places)):

@@ -26,20 +26,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import policies
-from .config import save
+from .config import SUFFIX, load_spec, save
 from .cost import Budget, Macs, Params
 from .data import DEFAULTS, Splits, UsageError, View, loader, open_splits, split_holdout
 from .engine import RANGES, Parser, add_arguments, check_arguments, create, data_config, fit, top1, write_args
-from .models import register
+from .models import register, supported
 from .policies.base import Choice, Grid, uniform_widths
 from .resize import resize
-from .space import WidthSpace, nearest
+from .space import MAX_GROWTH, WidthSpace, nearest
 from .trace import trace
 
 __all__ = ['Problem', 'choose', 'main', 'make_grid', 'prepare', 'search']
 
 RESULTS = ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv')
-SEARCH_RANGES = {**RANGES, 'search_epochs': (1, None), 'width_divisor': (1, None), 'width_min': (0, 4), 'width_max': (0, 4)}
+SEARCH_RANGES = {**RANGES, 'search_epochs': (1, None), 'width_divisor': (1, None), 'width_min': (0, MAX_GROWTH),
+                 'width_max': (0, MAX_GROWTH)}
 # where a search differs from timm's train.py: three trainings and many brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 20, 'warmup_epochs': 2, 'batch_size': 64, 'sched_on_updates': True}
 
@@ -102,7 +103,8 @@ def make_grid(space: WidthSpace, divisor: int, low: float, high: float, fix: Seq
     for name, group in space.searchable.items():
         step = math.lcm(group.unit, divisor)
         step = group.unit if step > group.size else step
-        widths = {*range(max(math.ceil(low * group.size / step), 1) * step, math.floor(high * group.size) + 1, step)}
+        first = max(math.ceil(low * group.size / step - 1e-9), 1)  # 0.1 * 240 may be a little more than 24
+        widths = {*range(first * step, math.floor(high * group.size + 1e-9) + 1, step)}
         widths |= {group.size} if low <= 1 <= high or not widths else set()
         if name not in fixed:
             grid[name] = tuple(sorted(widths))
@@ -252,4 +254,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args, policy = parse(argv)
     rows = search(args, policy)
     print_table(rows)
-    print(f"\ntimm_width saved the found model: timm.create_model('local-dir:{args.output}', pretrained=True)")
+    base = load_spec(args.output).architecture.removesuffix(SUFFIX)
+    ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
+    print(f"\nThe found model: {ready}; timm.create_model('local-dir:{args.output}', pretrained=True)")
