@@ -4,7 +4,7 @@ Laws 0 and 3 run on the meta device at the model's own resolution; law 1 runs fo
 takes that. What the laws catch is the subject of test_mutation.py.
 """
 import statistics
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import timm
@@ -22,7 +22,7 @@ LARGE = 40e6  # parameters; beyond it law 1 takes many seconds
 TOLERANCE = 1e-6  # of law 1; what is right is below 1e-10, what is wrong is above 1e-3
 
 
-@lru_cache(maxsize=None)
+@cache
 def on_meta(name: str):
     """The model on the meta device, and its space."""
     with torch.device('meta'):

@@ -4,7 +4,7 @@ Twice: with the trace's own check of law 0 switched off, so that wrong groups re
 do not fit end up frozen and the bars on what is searchable fall.
 """
 import importlib
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import timm
@@ -81,7 +81,7 @@ MUTATIONS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def healthy(name: str):
     """The model in float64 with random norms, its space, and the error of law 1, all without a mutation."""
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """resize(): what a resized model is, which channels stay, what new ones hold, what follows, and what is refused."""
 import copy
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def small(seed: int = 0) -> nn.Module:
     return randomise(Small().eval(), seed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def on_meta(name: str):
     with torch.device('meta'):
         model = timm.create_model(name).eval()

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ PUBLISHED = {
 VARIED = ('resnet18', 'efficientnet_b0', 'convnext_zepto_rms', 'mobilevit_xxs', 'cs3darknet_focus_s')
 
 
-@lru_cache(maxsize=None)
+@cache
 def on_meta(name: str, **kwargs):
     with torch.device('meta'):
         return timm.create_model(name, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def space_of(name: str) -> WidthSpace:
     return trace(on_meta(name))
 

@@ -264,7 +264,7 @@ class SizeWatcher(TorchFunctionMode):
                 self._tie(*next(iter(size.terms.items())), ids)
             return
         met = self.equations.setdefault(tuple(sorted(size.terms.items())), [])
-        if met and not (met[0] is ids):
+        if met and met[0] is not ids:
             self.ledger.unite(met[0], ids)
         met.append(ids)
 

@@ -163,7 +163,6 @@ def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
             t.freeze(e, 'a kernel axis')
     wout, win = (lw[1], lw[0]) if transposed else (lw[0], lw[1])
     cin, cout = x.shape[1], out.shape[1]
-    i, o = cin // groups, cout // groups
     if groups == 1 and not t.unit_rule(weight):  # (a unit may be all that an earlier resize left of a grouped one)
         merge(t, [lx[1], win], [cin, cin], cin, 'a convolution')
         label = wout if is_ids(wout) else None

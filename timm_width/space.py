@@ -239,9 +239,9 @@ class WidthSpace:
 
     # -- summary -----------------------------------------------------------------------------------------------
 
-    def macs(self, widths: Widths = {}) -> int:
+    def macs(self, widths: Optional[Widths] = None) -> int:
         """Exact MACs of one image (the polynomial form, with skips and gradients, is `timm_width.Macs`)."""
-        steps = self.steps(widths)
+        steps = self.steps(widths or {})
         return sum(
             s.positions * math.prod(f if isinstance(f, int) else self.length(f, steps) for f in s.factors)
             for s in self.sites)

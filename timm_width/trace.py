@@ -119,7 +119,7 @@ class _Solver:
         led = self.ledger
         # what the run itself said of a size comes last, and so wins
         self.recipes = recipes(led.model, led.unit_rules) + metadata(led.model, led) + led.recipes
-        for name, p in led.tensors.items():
+        for p in led.tensors.values():
             for e in led.label(p):
                 if is_ids(e):
                     self.runs(e)
