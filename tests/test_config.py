@@ -87,7 +87,8 @@ for job in json.load(open(sys.argv[1])):
         with torch.no_grad():
             found = {'logits': model(x), 'levels': [list(o.shape) for o in features(x)],
                      'width': model.forward_features(x).shape[1]}
-        found |= {'channels': features.feature_info.channels(), 'reduction': features.feature_info.reduction(),
+        found |= {'indices': list(features.feature_info.out_indices),
+                  'channels': features.feature_info.channels(), 'reduction': features.feature_info.reduction(),
                   'num_features': model.num_features, 'head_hidden_size': model.head_hidden_size,
                   'architecture': model.pretrained_cfg['architecture'],
                   'shapes': {n: list(t.shape) for n, t in model.state_dict().items()}}
@@ -120,7 +121,7 @@ def differences(model, found):
         out.append('shapes')
     if found['channels'] != [s[1] for s in found['levels']]:
         out.append(f"features_only says {found['channels']} and gives {found['levels']}")
-    if found['channels'] != [i['num_chs'] for i in model.feature_info]:
+    if found['channels'] != [model.feature_info[i]['num_chs'] for i in found['indices']]:
         out.append(f"features_only says {found['channels']}, the model {[i['num_chs'] for i in model.feature_info]}")
     if found['reduction'] != [64 // s[-1] for s in found['levels']]:
         out.append(f"reductions {found['reduction']} and {found['levels']}")

@@ -93,10 +93,29 @@ def test_features_only(name):
     with torch.device('meta'):
         ours = timm.create_model(f'{name}_width', features_only=True)
         base = timm.create_model(name, features_only=True)
-    if len(base.feature_info.channels()) == len(ours.feature_info.channels()):
-        assert ours.feature_info.channels() == base.feature_info.channels()
-        assert ours.feature_info.reduction() == base.feature_info.reduction()
+    assert ours.feature_info.channels() == base.feature_info.channels()
+    assert ours.feature_info.reduction() == base.feature_info.reduction()
     assert widths != space.base_widths
+
+
+@pytest.mark.slow
+def test_features_only_over_all_families():
+    """Levels as the base's, channels and sizes as announced, at half; on the meta device."""
+    from .families import smallest_of_each_family
+
+    faults = {}
+    for name in smallest_of_each_family().values():
+        with torch.device('meta'):
+            base = timm.create_model(name, features_only=True)
+            model = timm.create_model(f'{name}_width', widths=space_of(name).scaled(0.5), features_only=True).eval()
+            outs = model(torch.empty(1, *space_of(name).input_size))
+        info = model.feature_info
+        dim = -1 if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else 1
+        if info.channels() != [o.shape[dim] for o in outs]:
+            faults[name] = f'{info.channels()} announced, {[tuple(o.shape) for o in outs]} given'
+        if info.reduction() != base.feature_info.reduction():
+            faults[name] = f'reductions {info.reduction()}, the base has {base.feature_info.reduction()}'
+    assert not faults
 
 
 def test_features_only_options():

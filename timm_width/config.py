@@ -19,8 +19,8 @@ from torch import nn
 from .space import WidthError, nearest
 
 __all__ = [
-    'FORMAT', 'SUFFIX', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_shapes', 'fingerprint', 'load_spec',
-    'record', 'save', 'unknown_argument',
+    'FORMAT', 'SUFFIX', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes', 'check_stored_args',
+    'fingerprint', 'load_spec', 'record', 'save', 'unknown_argument',
 ]
 
 FORMAT = 1
@@ -28,6 +28,8 @@ SUFFIX = '_width'
 MAX_BYTES = 4 << 20
 MAX_GROUPS = 20_000
 MODEL_ARGS = ('widths', 'skips', 'format', 'shapes')
+NOT_STORED = ('device', 'dtype', 'features_only', 'out_indices', 'feature_cls')  # for the caller alone to say
+STORED_BOUNDS = {'num_classes': (0, 1_000_000), 'in_chans': (1, 4096), 'drop_rate': (0, 1), 'drop_path_rate': (0, 1)}
 
 
 class ConfigError(WidthError):
@@ -82,6 +84,21 @@ def check_args(name: str, widths: Any, skips: Any, format: Any, shapes: Any) -> 
         raise ConfigError(f'{name}: ' + '\n  '.join(faults))
 
 
+def check_stored_args(name: str, args: Mapping[str, Any]) -> None:
+    """Checks what a config (not a caller) asks of a model: no device, no wrapper, numbers within bounds.
+
+    Raises:
+        ConfigError: With every fault found.
+    """
+    faults = [f"a config cannot set '{key}'" for key in NOT_STORED if key in args]
+    for key, (least, most) in STORED_BOUNDS.items():
+        value = args.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            faults.append(f'{key} must be from {least} to {most}, not {str(value)[:40]!r}')
+    if faults:
+        raise ConfigError(f'{name}: ' + '\n  '.join(faults))
+
+
 def fingerprint(model: nn.Module) -> str:
     """Digest of the names and shapes of a model's parameters, without classifier and first convolution.
 
@@ -104,12 +121,12 @@ def fingerprint(model: nn.Module) -> str:
 def record(model: nn.Module, widths: Mapping[str, int], skips: Sequence[str]) -> None:
     """Notes on a timm model what it was resized to, so that timm's own save_for_hf writes a config that rebuilds it."""
     cfg = getattr(model, 'pretrained_cfg', None)
-    if not cfg or not cfg.get('architecture'):
-        return
+    if not cfg or not cfg.get('architecture') or not hasattr(model, '_model_args'):
+        return  # not built by timm.create_model (or by an entry point of ours): what made it is not known, and save will say so
     name = cfg['architecture']
     cfg = dict(cfg, architecture=name if name.endswith(SUFFIX) else name + SUFFIX)
     model.pretrained_cfg = model.default_cfg = cfg
-    old = dict(getattr(model, '_model_args', {}))
+    old = dict(model._model_args)
     old['widths'] = {**old.get('widths', {}), **{k: int(v) for k, v in widths.items()}}
     old['skips'] = sorted({*old.get('skips', ()), *skips})
     model._model_args = {**old, 'format': FORMAT, 'shapes': fingerprint(model)}
@@ -146,9 +163,9 @@ def save(
         raise ConfigError(f'{type(model).__name__} is not a timm model (it has no pretrained_cfg): a config cannot rebuild it')
     if not hasattr(model, 'num_classes') or not hasattr(model, 'num_features'):
         raise ConfigError(f'{type(model).__name__} has no classifier settings (a features_only model?): save the whole model')
-    if not name.endswith(SUFFIX):
-        record(model, {}, ())
-        name = model.pretrained_cfg['architecture']
+    if getattr(model, '_model_args', None) is None:
+        raise ConfigError(f'{name} was not built by timm.create_model, so what it was built with is not known: build it so')
+    name = name if name.endswith(SUFFIX) else name + SUFFIX
     if not timm.is_model(name):
         raise ConfigError(f"'{name}' is not registered: call timm_width.register('{name.removesuffix(SUFFIX)}') first")
     args = {k: v for k, v in model._model_args.items() if k not in ('importance', 'pretrained')}
@@ -166,11 +183,14 @@ def save(
         with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
             layout = _contiguous(model)
             old, model._model_args = model._model_args, args
+            old_cfg, model.pretrained_cfg = model.pretrained_cfg, dict(model.pretrained_cfg, architecture=name)
             try:
                 save_for_hf(model, beside, safe_serialization=True, model_config={'timm_width': provenance})
             finally:
-                model._model_args = old
+                model._model_args, model.pretrained_cfg = old, old_cfg
                 layout()
+            for file in () if weights else ('model.safetensors', 'pytorch_model.bin'):  # weights of another model, now
+                (folder / file).unlink(missing_ok=True)
             for file in ('model.safetensors', 'config.json') if weights else ('config.json',):  # the config last
                 os.replace(Path(beside) / file, folder / file)
     except BaseException:
@@ -201,6 +221,43 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
     Raises:
         ConfigError: The file is missing, too large, not JSON, or says what this version does not know.
     """
+    data, path = _read(path)
+    name = data['architecture'][:200]
+    if not name.endswith(SUFFIX):
+        raise ConfigError(f"{path}: '{name}' is not a width model: its name would end in '{SUFFIX}'")
+    args = data.get('model_args', {})
+    if not isinstance(args, dict):
+        raise ConfigError(f'{path}: model_args must be a dict, not {type(args).__name__}')
+    widths, skips = args.get('widths') or {}, args.get('skips', [])
+    try:
+        check_args(str(path), widths, skips, args.get('format', 1), args.get('shapes'))
+        check_stored_args(str(path), args)
+    except RecursionError:
+        raise ConfigError(f'{path}: nested too deeply') from None
+    for group, width in widths.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ConfigError(f"{path}: '{group[:80]}': width must be a whole number from 1, not {str(width)[:40]!r}")
+    if not all(isinstance(s, str) for s in skips):
+        raise ConfigError(f'{path}: skips must be a list of block names')
+    rest = {k: v for k, v in args.items() if k not in MODEL_ARGS}
+    wrong = sorted(set(rest) & set(inspect.signature(timm.create_model).parameters))
+    if wrong:  # checkpoint_path, say: a config names no file
+        raise ConfigError(f"{path}: model_args cannot set {', '.join(wrong)}: not an argument of a model but of create_model")
+    provenance = data.get('timm_width', {})
+    return Spec(name, dict(widths), tuple(skips), rest, provenance if isinstance(provenance, dict) else {}, args.get('shapes'))
+
+
+def check_config(path: Union[str, os.PathLike]) -> None:
+    """Checks any timm config.json as far as can be done without building; strictly, if it is of a width model.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    if _read(path)[0]['architecture'].endswith(SUFFIX):
+        load_spec(path)
+
+
+def _read(path: Union[str, os.PathLike]) -> tuple[dict, Path]:
     path = Path(path)
     path = path / 'config.json' if path.is_dir() else path
     if not path.is_file():
@@ -214,23 +271,9 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
         raise ConfigError(f'{path}: not a JSON file: {reason}') from None
     if not isinstance(data, dict) or not isinstance(data.get('architecture'), str):
         raise ConfigError(f"{path}: not a timm config: it has no 'architecture'")
-    name = data['architecture'][:200]
-    if not name.endswith(SUFFIX):
-        raise ConfigError(f"{path}: '{name}' is not a width model: its name would end in '{SUFFIX}'")
-    args = data.get('model_args', {})
-    if not isinstance(args, dict):
-        raise ConfigError(f'{path}: model_args must be a dict, not {type(args).__name__}')
-    try:
-        check_args(str(path), args.get('widths'), args.get('skips', []), args.get('format', 1), args.get('shapes'))
-    except RecursionError:
-        raise ConfigError(f'{path}: nested too deeply') from None
-    rest = {k: v for k, v in args.items() if k not in MODEL_ARGS}
-    wrong = sorted(set(rest) & set(inspect.signature(timm.create_model).parameters))
-    if wrong:  # checkpoint_path, say: a config names no file
-        raise ConfigError(f"{path}: model_args cannot set {', '.join(wrong)}: not an argument of a model but of create_model")
-    provenance = data.get('timm_width', {})
-    return Spec(name, dict(args.get('widths') or {}), tuple(args.get('skips', ())), rest,
-                provenance if isinstance(provenance, dict) else {}, args.get('shapes'))
+    if not isinstance(data.get('pretrained_cfg', {}), dict):
+        raise ConfigError(f'{path}: pretrained_cfg must be a dict')
+    return data, path
 
 
 def unknown_argument(name: str, error: TypeError, known: Sequence[str]) -> Optional[ArgumentError]:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .config import check_config
 from .data import DEFAULTS, UsageError
 from .space import WidthError, nearest
 
@@ -124,9 +125,12 @@ def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> No
             raise UsageError(f"--{name} needs two numbers, the smaller first{', from above 0 to 1' * (name == 'scale')}, "
                              f'not {low:g} {high:g}')
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device '{args.device}' cannot be used here: {str(e).splitlines()[0]}") from None
+    source, _, path = args.model.partition(':')
+    if source == 'local-dir' and Path(path).resolve() == Path(args.output).resolve():
+        raise UsageError(f"--output '{args.output}' is the folder of --model: the results would replace what they start from")
     try:
         _optimiser(nn.Linear(1, 1), args, max(args.epochs, 2), 2)
     except ValueError as e:
@@ -161,12 +165,19 @@ def create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
     base = name.partition('.')[0]
     if not path and not timm.is_model(base):
         raise UsageError(f"unknown model '{name}'{nearest(base, timm.list_models())}")
+    if source == 'local-dir':
+        check_config(path)
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except WidthError:
         raise
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as e:  # an unknown tag, no weights, no network
-        raise UsageError(f"model '{name}' cannot be built: {str(e).strip().splitlines()[0]}") from e
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, LookupError, AttributeError, ArithmeticError) as e:
+        # an unknown tag, no weights, no network, arguments that the model refuses in its own way
+        reason = (str(e).strip().splitlines() or [''])[0]
+        raise UsageError(f"model '{name}' cannot be built: {type(e).__name__}: {reason}") from e
+    if getattr(model, 'in_chans', 3) != 3:
+        raise UsageError(f"model '{name}' takes images of {model.in_chans} channels; the images here have 3")
+    return model
 
 
 def data_config(args: Namespace, model: nn.Module) -> dict[str, Any]:

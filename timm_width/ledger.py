@@ -127,6 +127,23 @@ class Ledger:
         self.labels[id(x)] = [None, self.fixed(x.shape[1], 'network input'), *[None] * (x.ndim - 2)]
         self.keep.append(x)
 
+    def _by_rule(self, fn, name: str, tensors: list, outs: list, out, args, kwargs) -> list:
+        """Labels of the outputs by a rule; where it does not know this form of the operation, all that it touches is frozen."""
+        try:
+            label = fn(self, out, *args, **kwargs)
+            label = [list(lab) for lab in label] if isinstance(out, (list, tuple)) else [list(label)]
+            if len(label) == len(outs) and all(
+                    len(lab) == o.ndim and all(not is_ids(e) or len(e) == s for e, s in zip(lab, o.shape))
+                    for lab, o in zip(label, outs)):
+                return label
+        except (TypeError, IndexError, ValueError, AttributeError, KeyError) as e:
+            _logger.debug('rule for aten.%s: %r', name, e)
+        for x in tensors:
+            for entry in self.label(x):
+                if is_ids(entry):
+                    self.freeze(entry, f'a form of aten.{name} that its rule does not know,')
+        return [[None] * o.ndim for o in outs]
+
     def record(self, func, out, args, kwargs) -> None:
         tensors = tensors_in(args) + (tensors_in(kwargs.values()) if kwargs else [])
         outs = list(out) if isinstance(out, (list, tuple)) else [out]
@@ -144,11 +161,12 @@ class Ledger:
                         self.freeze(e, f'aten.{name}, for which there is no rule,')
             label = [[None] * o.ndim for o in outs]
         else:
-            label = fn(self, out, *args, **(kwargs or {}))
-            label = list(label) if isinstance(out, (list, tuple)) else [list(label)]
+            label = self._by_rule(fn, name, tensors, outs, out, args, kwargs or {})
         for o, lab in zip(outs, label):
-            for e, s in zip(lab, o.shape):
-                assert not is_ids(e) or len(e) == s, (name, e.shape, o.shape)
+            if name[-1] == '_' and o is args[0]:
+                for before, e in zip(self.label(o), lab):
+                    if isinstance(before, str) and is_ids(e):  # perhaps through a view: the tensor itself would not know
+                        self.freeze(e, 'a write into a tensor of constants')
             self.labels[id(o)] = lab
             self.keep.append(o)
         if plain in RESIDUAL and isinstance(out, torch.Tensor):

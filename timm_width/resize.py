@@ -198,7 +198,10 @@ def _kept_steps(model, space: WidthSpace, steps: np.ndarray, keep: Keep, importa
     faults = []
     for name, index in keep.items():
         group = space[name]
-        k = np.asarray(index)
+        try:
+            k = np.asarray(index)
+        except ValueError:  # ragged
+            k = np.zeros((0, 0))
         n = steps[space.index[name]]
         if k.ndim != 1 or k.dtype.kind not in 'iu' or len(k) != min(n, group.steps) or (np.diff(k) <= 0).any() or (
                 len(k) and (k[0] < 0 or k[-1] >= group.steps)):
@@ -209,7 +212,7 @@ def _kept_steps(model, space: WidthSpace, steps: np.ndarray, keep: Keep, importa
             out[space.index[name]] = k.astype(np.int64)
     if faults:
         raise WidthError(f'{space.architecture}: ' + '\n  '.join(faults))
-    if importance is not None:
+    if importance is not None and not any(p.is_meta for p in model.parameters()):  # on meta, only shapes matter
         scores = importance_scores(model, space, importance)
         for i, g in enumerate(space.groups):
             if steps[i] < g.steps and out[i] is None and not g.ordered:

@@ -93,7 +93,7 @@ ELEMENTWISE = (
     'relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softsign '
     'log_sigmoid threshold abs neg exp exp2 log log2 log1p expm1 sqrt rsqrt square reciprocal sin cos tan erf floor ceil '
     'round sign trunc nan_to_num clone detach alias contiguous to _to_copy lift_fresh type_as dropout feature_dropout '
-    'alpha_dropout native_dropout positive').split()
+    'alpha_dropout positive').split()
 
 
 @rule(*ELEMENTWISE)
@@ -306,9 +306,8 @@ def _norm(t, label, dims, shape, vectors, what):
     return label
 
 
-@rule('batch_norm', 'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'instance_norm')
+@rule('batch_norm', 'instance_norm')
 def _batch_norm(t, out, x, weight=None, bias=None, mean=None, var=None, *args, **kwargs):
-    out = out[0] if isinstance(out, (list, tuple)) else out
     return _norm(t, t.label(x), [1], out.shape, (weight, bias, mean, var), 'batch norm')
 
 
@@ -453,15 +452,9 @@ def _t(t, out, x):
 
 @rule('movedim')
 def _movedim(t, out, x, source, destination):
-    order = list(torch.arange(x.ndim).movedim(0, 0)) if x.ndim < 2 else None
-    if order is None:
-        src, dst = dims_of(source, x.ndim), dims_of(destination, x.ndim)
-        rest = [d for d in range(x.ndim) if d not in src]
-        order = [None] * x.ndim
-        for s, d in zip(src, dst):
-            order[d] = s
-        rest = iter(rest)
-        order = [next(rest) if d is None else d for d in order]
+    src, dst = dims_of(source, x.ndim), dims_of(destination, x.ndim)
+    rest = iter([d for d in range(x.ndim) if d not in src])
+    order = [src[dst.index(d)] if d in dst else next(rest) for d in range(x.ndim)]
     label = t.label(x)
     return [label[d] for d in order]
 
@@ -601,9 +594,10 @@ def _gather(t, out, x, dim, index, **kwargs):
 
 @rule('pad', 'constant_pad_nd', 'reflection_pad2d', 'replication_pad2d')
 def _pad(t, out, x, *args, **kwargs):
-    label = list(t.label(x))
+    label, amounts = list(t.label(x)), args[0] if args else kwargs.get('pad', kwargs.get('padding', ()))
     for d in range(x.ndim):
-        if is_ids(label[d]) and out.shape[d] != x.shape[d]:
+        at = 2 * (x.ndim - 1 - d)  # amounts begin with the last dimension; the total may be zero for a shift
+        if is_ids(label[d]) and any(amounts[at:at + 2]):
             t.freeze(label[d], 'padding along the channels')
             label[d] = None
     return label

@@ -145,6 +145,9 @@ class WidthSpace:
         """Every searchable group at its base width."""
         return {n: g.size for n, g in self.searchable.items()}
 
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
     def __getitem__(self, name: str) -> Group:
         if name not in self.index:
             raise WidthError(f"unknown group '{name}'{nearest(name, self.index)}")
@@ -266,7 +269,8 @@ class WidthSpace:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the whole space, 'sha256:' and 16 hexadecimal digits."""
-        text = repr((self.architecture, self.groups, sorted(self.tensors.items()), self.sites, self.blocks, self.bindings))
+        text = repr((self.architecture, self.input_size, self.groups, sorted(self.tensors.items()), self.sites, self.blocks,
+                     self.bindings, sorted(self.unit_rules.items()), self.deployed_sites))
         return 'sha256:' + hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:

@@ -129,7 +129,7 @@ _ABSENT = object()
 
 @contextmanager
 def _set(modules: Mapping[str, nn.Module], settings: Iterable[tuple[str, str, Any]]) -> Iterator[None]:
-    """Sets attributes of modules for a while; in their dicts, since nn.Module.__setattr__ takes ten times as long."""
+    """Sets attributes of modules for a while; in their dicts, since nn.Module.__setattr__ takes many times as long."""
     undo = []
     try:
         for path, attribute, value in settings:
@@ -241,6 +241,8 @@ class Supernet(nn.Module):
         """The plan for widths and skips, checked when it is made and kept for the next call."""
         if not isinstance(widths, Mapping):
             self.space.check(widths)
+        if any(isinstance(w, bool) for w in widths.values()):  # True would pass for the 1 of an earlier plan
+            self.space.check({n: w for n, w in widths.items() if isinstance(w, bool)})
         chosen = {name: w if isinstance(w, numbers.Integral) else _as_index(name, w) for name, w in widths.items()}
         device = next((p.device for p in self.model.parameters()), None)
         key = (frozenset((n, w.tobytes() if isinstance(w, np.ndarray) else w) for n, w in chosen.items()), tuple(skips), device)

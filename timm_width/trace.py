@@ -138,7 +138,6 @@ class _Solver:
         """SURGERY 1: two ids share a segment iff they occur equally often and side by side wherever they occur."""
         n = self.n
         nxt, prv = np.full(n, -2), np.full(n, -2)  # -2 unseen, -1 none or several
-        link_ok = np.ones(n, bool)
 
         def note(table, at, value):
             """Keeps in table the one value seen at each index, -1 where several were seen."""
@@ -158,7 +157,7 @@ class _Solver:
         bad = cf != ct
         note(nxt, f[f >= 0], np.where(bad, -1, t)[f >= 0])
         note(prv, t[t >= 0], np.where(bad, -1, f)[t >= 0])
-        linked = (nxt >= 0) & (prv[np.maximum(nxt, 0)] == np.arange(n)) & (nxt != np.arange(n)) & link_ok
+        linked = (nxt >= 0) & (prv[np.maximum(nxt, 0)] == np.arange(n)) & (nxt != np.arange(n))
         a = np.flatnonzero(linked)
         self.seg = _connected(a, nxt[a], n)
         self.steps = np.bincount(self.seg)

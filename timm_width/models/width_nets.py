@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import _model_pretrained_cfgs, _model_with_tags, split_model_name_tag
 from torch import nn
 
-from ..config import FORMAT, SUFFIX, ArgumentError, check_args, check_shapes, unknown_argument
-from ..resize import feature_info, resize
+from ..config import FORMAT, SUFFIX, ArgumentError, check_args, check_shapes, check_stored_args, unknown_argument
+from ..resize import IMPORTANCE, resize
 from ..space import WidthError, nearest
 from ..trace import trace
 
@@ -60,7 +61,6 @@ def register(base: str) -> str:
         return base
     name = base + SUFFIX
     if not is_model(name):
-        import torch
         with torch.device('meta'):
             space = trace(timm.create_model(base))
         if not space.searchable:
@@ -87,6 +87,13 @@ def _register(base: str) -> None:
     register_model(entry)
 
 
+@lru_cache
+def _feature_levels(base: str) -> tuple[int, ...]:
+    """Levels that the base gives by default as `features_only`."""
+    with torch.device('meta'):
+        return tuple(timm.create_model(base, features_only=True).feature_info.out_indices)
+
+
 def _build(
         base: str,
         name: str,
@@ -103,13 +110,17 @@ def _build(
         **kwargs: Any,
 ) -> nn.Module:
     check_args(name, widths, skips, format, shapes)
+    check_stored_args(name, kwargs.get('pretrained_model_args') or {})
+    if importance is not None and importance not in IMPORTANCE:
+        raise WidthError(f"{name}: importance must be one of {', '.join(IMPORTANCE)}, not {str(importance)[:40]!r}")
     for key in kwargs:
         if key in BUILDER_ARGS:  # of timm's builder: an entry point sets these, never a caller or a config
             raise ArgumentError(f"{name}: unknown argument '{key}'")
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
     own_weights = cfg.get('source') in SOURCES  # from a folder or the Hub: already resized; else the base's
     feature_cfg: dict[str, Any] = {'feature_cls': 'getter'}
-    indices_given = 'out_indices' in kwargs
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:
+        feature_cfg['out_indices'] = _feature_levels(base)
     source = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, cache_dir=cache_dir)
     create = model_entrypoint(base)
 
@@ -118,8 +129,6 @@ def _build(
             model = create(pretrained=pretrained and not own_weights, **source, **build_args)
         except TypeError as e:
             raise unknown_argument(name, e, OWN_ARGS) or e from None
-        if not indices_given:
-            feature_cfg['out_indices'] = tuple(range(len(feature_info(model))))
         model.pretrained_cfg = dict(model.pretrained_cfg, architecture=name)
         model._model_args = {}
         if widths or skips:
