@@ -5,7 +5,7 @@ takes that. What the laws catch is the subject of test_mutation.py.
 """
 import statistics
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import timm
@@ -27,7 +27,7 @@ TOLERANCE = 1e-6  # of law 1; what is right is below 1e-10, what is wrong is abo
 ONE_STEP = {'nextvit_small'}
 
 
-@lru_cache(maxsize=None)
+@cache
 def on_meta(name: str):
     """The model on the meta device, and its space."""
     with torch.device('meta'):

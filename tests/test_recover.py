@@ -9,9 +9,9 @@ from timm_width.recover import widths_from
 
 NETS = ['resnet18', 'mobilenetv2_035', 'densenet121', 'regnetx_002', 'cs3darknet_focus_s', 'ghostnet_050', 'convnext_atto']
 PRUNED = {  # timm's pruned models and what they were pruned from
-    'ecaresnet50d_pruned': 'ecaresnet50d', 'efficientnet_b1_pruned': 'efficientnet_b1',
-    'ecaresnet101d_pruned': 'ecaresnet101d', 'efficientnet_b2_pruned': 'efficientnet_b2',
-    'efficientnet_b3_pruned': 'efficientnet_b3',
+    'ecaresnet50d_pruned': 'ecaresnet50d', 'efficientnet_b1_pruned': 'tf_efficientnet_b1',
+    'ecaresnet101d_pruned': 'ecaresnet101d', 'efficientnet_b2_pruned': 'tf_efficientnet_b2',
+    'efficientnet_b3_pruned': 'tf_efficientnet_b3',  # (they pad as TensorFlow does)
 }
 
 

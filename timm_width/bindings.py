@@ -110,6 +110,9 @@ def metadata(model: nn.Module, ledger) -> list[Recipe]:
     state('', model, 'num_features', features + last)
     state('', model, 'head_hidden_size', last + features)
     state('', model, 'embed_dim', last + features)
+    for k, size in enumerate(model.__dict__.get('embed_dim') if isinstance(model.__dict__.get('embed_dim'), (tuple, list)) else ()):
+        if k < len(classifier) and is_ids(classifier[k]) and len(classifier[k]) == size:  # a classifier per stage
+            out.append(Recipe('', 'embed_dim', key=(k,), ids=classifier[k]))
     for path, module in model.named_modules():
         if 'head' in path.rpartition('.')[2] and path in ledger.inputs:
             state(path, module, 'in_features', ledger.inputs[path] + features)
@@ -271,6 +274,10 @@ class SizeWatcher(TorchFunctionMode):
     def _tie(self, where: Where, by: Fraction, ids: np.ndarray) -> None:
         """An axis is `by` times as long as another one in the model's own code: unite them, position by position."""
         other = self.read[where[2][0]]
+        longer, shorter, times = (ids, other, by.numerator) if by >= 1 else (other, ids, by.denominator)
+        if by.numerator > 1 and by.denominator > 1 or any(
+                np.array_equal(longer, f(shorter, times)) for f in (np.repeat, np.tile)):
+            return  # one was made from the other
         if by.numerator == 1:
             self.ledger.unite(other.reshape(by.denominator, -1), np.tile(ids, (by.denominator, 1)))
         elif by.denominator == 1:
