@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import timm
+import torch
 from torch import nn
 
 from .space import WidthError, nearest
@@ -154,7 +155,8 @@ def save(
     Raises:
         ConfigError: The model is not a timm model that a config can rebuild.
     """
-    from timm.models import save_for_hf
+    from safetensors.torch import save_file
+    from timm.models._hub import save_config_for_hf
 
     if isinstance(getattr(model, 'model', None), nn.Module) and not hasattr(model, 'pretrained_cfg'):
         model = model.model  # a Supernet
@@ -181,14 +183,15 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
-            layout = _contiguous(model)
             old, model._model_args = model._model_args, args
             old_cfg, model.pretrained_cfg = model.pretrained_cfg, dict(model.pretrained_cfg, architecture=name)
             try:
-                save_for_hf(model, beside, safe_serialization=True, model_config={'timm_width': provenance})
+                save_config_for_hf(model, Path(beside) / 'config.json', model_config={'timm_width': provenance})
             finally:
                 model._model_args, model.pretrained_cfg = old, old_cfg
-                layout()
+            if weights:  # copies, since safetensors takes neither shared tensors nor any layout
+                tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
+                save_file(tensors, Path(beside) / 'model.safetensors', metadata={'format': 'pt'})
             for file in () if weights else ('model.safetensors', 'pytorch_model.bin'):  # weights of another model, now
                 (folder / file).unlink(missing_ok=True)
             for file in ('model.safetensors', 'config.json') if weights else ('config.json',):  # the config last
@@ -198,18 +201,6 @@ def save(
             folder.rmdir()
         raise
     return folder / 'config.json'
-
-
-def _contiguous(model: nn.Module):
-    """Makes all tensors contiguous, as safetensors asks, and returns a function that puts the old ones back."""
-    changed = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if not t.is_contiguous()]
-    for t, data in changed:
-        t.data = data.contiguous()
-
-    def undo() -> None:
-        for t, data in changed:
-            t.data = data
-    return undo
 
 
 def load_spec(path: Union[str, os.PathLike]) -> Spec:
