@@ -115,8 +115,9 @@ def differences(model, found):
         return [found['error']]
     logits = run(model)
     out = []
-    if not torch.equal(logits, found['logits']):
-        out.append(f"logits differ by {(logits - found['logits']).abs().max():.1e}")
+    off = ((logits - found['logits']).abs().max() / logits.abs().max()).item()
+    if not off <= 1e-5:  # mostly 0, but another process may pick another kernel, by the alignment of memory
+        out.append(f'logits differ by {off:.1e} of the largest')
     if {n: list(t.shape) for n, t in model.state_dict().items()} != found['shapes']:
         out.append('shapes')
     if found['channels'] != [s[1] for s in found['levels']]:

@@ -1,9 +1,9 @@
-"""The images that a search trains on: scikit-learn's digits, embedded, or a folder of images read by timm.
+"""The images that a search trains on: scikit-learn's digits, embedded, or what timm's create_dataset reads.
 
 Images are RGB everywhere; grey ones are repeated to three channels, so that every model and every pretrained weight fits.
 """
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -11,14 +11,14 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader
-from torch.utils.data import DataLoader, Dataset
+from timm.data import FastCollateMixup, create_dataset, create_loader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .space import nearest
 
-__all__ = ['DEFAULTS', 'Splits', 'UsageError', 'View', 'loader', 'open_splits', 'split_holdout']
+__all__ = ['DEFAULTS', 'Splits', 'UsageError', 'View', 'loader', 'mixes', 'open_splits', 'shrink', 'split_holdout']
 
-TRAIN, VALIDATION = ('train', 'training'), ('validation', 'val', 'valid')  # folders that timm reads as these splits
+SYNONYMS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')  # folders that timm reads as one split
 SPLIT_SEED = 0  # of the digits' own split, which is part of the dataset: the same images whatever --seed is
 
 # per embedded dataset: defaults of timm's flags that suit its images. A flipped digit is another sign, its edges carry meaning.
@@ -42,10 +42,16 @@ class Splits:
 
 
 class View(Dataset):
-    """Some images of a dataset under a transform of their own, which timm's create_loader sets."""
+    """Some images of a dataset under a transform of their own, which timm's create_loader sets.
 
-    def __init__(self, images: Dataset, indices: Optional[Sequence[int]] = None):
-        self.images, self.transform = images, None
+    Args:
+        images: The dataset.
+        indices: Which of its images; by default all.
+        classes: Class -> the class that it is called here; by default its own.
+    """
+
+    def __init__(self, images: Dataset, indices: Optional[Sequence[int]] = None, classes: Optional[Mapping[int, int]] = None):
+        self.images, self.classes, self.transform = images, classes, None
         self.indices = np.arange(len(images)) if indices is None else np.asarray(indices)
 
     def __len__(self) -> int:
@@ -53,7 +59,9 @@ class View(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.images[self.indices[index]]
-        return image if self.transform is None else self.transform(image), target
+        if isinstance(image, Image.Image) and image.mode != 'RGB':
+            image = image.convert('RGB')
+        return image if self.transform is None else self.transform(image), self.classes[target] if self.classes else target
 
 
 class Digits(Dataset):
@@ -87,12 +95,48 @@ def _open(args: Namespace) -> Splits:
         if args.data_dir:
             raise UsageError(f'--dataset {args.dataset} is embedded and reads no folder: leave out --dataset or --data-dir')
         return _digits()
+    if '/' in args.dataset:
+        return _named(args)
     if args.dataset:
-        raise UsageError(f"unknown dataset '{args.dataset}'{nearest(args.dataset, DEFAULTS)}; "
-                         f"embedded is {', '.join(DEFAULTS)}, other images are read from --data-dir FOLDER")
+        raise UsageError(f"unknown dataset '{args.dataset}'{nearest(args.dataset, DEFAULTS)}; embedded is {', '.join(DEFAULTS)}, "
+                         "timm's are torch/NAME and hfds/OWNER/NAME; folders of images are read from --data-dir FOLDER")
     if not args.data_dir:
         raise UsageError('no images: give --dataset digits, or --data-dir FOLDER with the subfolders train/ and val/')
-    return _folder(Path(args.data_dir))
+    return _folder(args)
+
+
+def _named(args: Namespace) -> Splits:
+    """A dataset that timm finds by name."""
+    def read(split: str) -> Dataset:
+        try:
+            found = create_dataset(
+                args.dataset, args.data_dir, split=split, download=args.dataset_download, class_map=args.class_map or None,
+                input_img_mode=args.input_img_mode or 'RGB', input_key=args.input_key, target_key=args.target_key,
+                trust_remote_code=args.dataset_trust_remote_code) if not args.dataset.lower().startswith('torch/') else (
+                create_dataset(args.dataset, args.data_dir, split=split, download=args.dataset_download))
+        except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as e:
+            reason = (str(e).strip().splitlines() or [''])[0]
+            raise UsageError(f"--dataset {args.dataset}, split '{split}', cannot be opened: {type(e).__name__}: {reason}") from e
+        if isinstance(found, IterableDataset):
+            raise UsageError(f'--dataset {args.dataset} can only be read from start to end, so no part of it can be held out: '
+                             'give it as hfds/..., torch/... or a folder')
+        return found
+
+    train, validation = read(args.train_split), read(args.val_split)
+    targets = _targets(train)
+    return Splits(train, validation, targets, int(targets.max()) + 1)
+
+
+def _targets(images: Dataset) -> np.ndarray:
+    """The class of every image, without reading the images where the dataset says it."""
+    reader = getattr(images, 'reader', None)
+    if reader is not None and hasattr(reader, 'label_key'):  # Hugging Face
+        found = reader.dataset[reader.label_key]
+    else:
+        found = next((t for t in (getattr(images, name, None) for name in ('targets', 'labels', '_labels')) if t is not None), None)
+    if found is None or len(found) != len(images):
+        found = [images[i][1] for i in range(len(images))]
+    return np.asarray(found, dtype=np.int64)
 
 
 def _digits() -> Splits:
@@ -107,10 +151,11 @@ def _digits() -> Splits:
                   data.target[train], len(data.target_names))
 
 
-def _folder(root: Path) -> Splits:
+def _folder(args: Namespace) -> Splits:
+    root = Path(args.data_dir)
     if not root.is_dir():
         raise UsageError(f"--data-dir '{root}' {'is not a folder' if root.exists() else 'does not exist'}")
-    train = _read(root, TRAIN)
+    train = _read(args, args.train_split)
     classes = train.reader.class_to_idx
     if len(classes) < 2:
         raise UsageError(f"{train.reader.root} has one class ('{next(iter(classes))}'), a classifier needs two or more: "
@@ -120,22 +165,25 @@ def _folder(root: Path) -> Splits:
         Image.open(first).load()
     except OSError as e:
         raise UsageError(f"'{first}' cannot be read as an image: {e}") from None
-    validation = _read(root, VALIDATION)
+    validation = _read(args, args.val_split)
     unknown = sorted(set(validation.reader.class_to_idx) - set(classes))
     if unknown:
         raise UsageError(f"{validation.reader.root} has classes that {train.reader.root} has not: {', '.join(unknown[:5])}")
     if validation.reader.class_to_idx != classes:  # some class has no validation image
-        validation = _read(root, VALIDATION, classes)
+        validation = _read(args, args.val_split, classes)
     return Splits(train, validation, np.array([t for _, t in train.reader.samples]), len(classes))
 
 
-def _read(root: Path, split: Sequence[str], classes: Optional[dict[str, int]] = None) -> Dataset:
-    folder = next((root / name for name in split if (root / name).is_dir()), None)
+def _read(args: Namespace, split: str, classes: Optional[dict[str, int]] = None) -> Dataset:
+    root = Path(args.data_dir)
+    names = next((names for names in SYNONYMS if split in names), (split,))
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise UsageError(f"--data-dir '{root}' has no folder {split[0]}/: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
+        raise UsageError(f"--data-dir '{root}' has no folder {names[0]}/: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
     try:
-        return create_dataset('', root=str(folder), search_split=False, class_map=classes)
-    except RuntimeError as e:  # timm found no image
+        return create_dataset('', root=str(folder), search_split=False, class_map=classes or args.class_map or None,
+                              input_img_mode=args.input_img_mode or 'RGB')
+    except (RuntimeError, OSError, AssertionError) as e:  # timm found no image, no class map
         raise UsageError(str(e)) from None
 
 
@@ -159,8 +207,31 @@ def split_holdout(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return np.setdiff1d(np.arange(len(targets)), held), held
 
 
-def loader(view: View, args: Namespace, config: dict[str, Any], training: bool) -> DataLoader:
-    """Batches of a view by timm's loader, augmented when training.
+def shrink(targets: np.ndarray, indices: np.ndarray, fraction: float, classes: Sequence[int], seed: int) -> np.ndarray:
+    """Some of some images: those of the classes given, and of each the same fraction, at least one.
+
+    Args:
+        targets: Class of every image.
+        indices: The images to choose from.
+        fraction: Share to keep.
+        classes: The classes to keep.
+        seed: Seed of the draw.
+
+    Returns:
+        Indices of the images kept, ascending.
+    """
+    rng = np.random.default_rng(seed)
+    kept = []
+    for c in classes:
+        of_class = indices[targets[indices] == c]
+        kept.append(rng.permutation(of_class)[:max(round(fraction * len(of_class)), 1)])
+    return np.sort(np.concatenate(kept))
+
+
+def loader(view: View, args: Namespace, config: Mapping[str, Any], training: bool) -> DataLoader:
+    """Batches of a view by timm's loader, augmented (and mixed) when training.
+
+    With several processes, each gets its share of every training batch, and its share of a view that is scored.
 
     Args:
         view: The images.
@@ -168,9 +239,29 @@ def loader(view: View, args: Namespace, config: dict[str, Any], training: bool) 
         config: timm's data config of the model.
         training: Whether to shuffle and augment.
     """
+    world, rank = getattr(args, 'world_size', 1), getattr(args, 'rank', 0)
+    if training:
+        size, collate = min(args.batch_size, len(view) // world), None
+        if mixes(args):
+            size -= size % 2  # images are mixed in pairs
+            collate = FastCollateMixup(
+                mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+                switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+                num_classes=args.num_classes)
+        if size < 1:
+            raise UsageError(f'{len(view)} training images are too few for {world} processes')
+    else:  # each process scores every so manyth image: none twice, as a sampler that pads would
+        view = View(view.images, view.indices[rank::world], view.classes)
+        size, collate = min(args.validation_batch_size or args.batch_size, max(len(view), 1)), None
     return create_loader(
-        view, config['input_size'], min(args.batch_size, len(view)), is_training=training, no_aug=args.no_aug,
-        scale=args.scale, ratio=args.ratio, hflip=args.hflip, color_jitter=args.color_jitter,
+        view, config['input_size'], size, is_training=training, no_aug=args.no_aug, scale=args.scale, ratio=args.ratio,
+        train_crop_mode=args.train_crop_mode, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
+        auto_augment=args.aa, re_prob=args.reprob if training else 0., re_mode=args.remode, re_count=args.recount,
         interpolation=config['interpolation'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'], num_workers=args.workers, device=torch.device(args.device),
-        pin_memory=args.device.startswith('cuda'))
+        crop_mode=config['crop_mode'], num_workers=args.workers, device=torch.device(args.device), collate_fn=collate,
+        distributed=training and world > 1, pin_memory=args.pin_mem, worker_seeding=args.worker_seeding)
+
+
+def mixes(args: Namespace) -> bool:
+    """Whether the flags ask for mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

@@ -1,160 +1,50 @@
-"""The training loop that search and train share, and the flags that drive it, named and meant as in timm's train.py.
+"""The training loop that search and train share, and scoring.
 
-Data, optimisers, schedules, losses and metrics are timm's. Mixup, EMA, gradient accumulation, checkpoints that resume a run,
-and several processes are still to come.
+Data, optimisers, schedules, losses, averages of weights and metrics are timm's. The loop is the same for a plain model and for a
+shared network that runs at many widths: what one batch does is a `train_step`, and a plain model's is `plain_step`.
 """
 import os
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import random
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
+import numpy as np
 import timm
 import torch
-import yaml
 from timm.data import resolve_data_config
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import AverageMeter, NativeScaler, accuracy, random_seed
-from torch import nn
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, init_distributed_device, random_seed
+from torch import distributed, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .arguments import AMP_DTYPES
 from .config import check_config
-from .data import DEFAULTS, UsageError
+from .data import UsageError, mixes
 from .space import WidthError, nearest
 
-__all__ = ['Parser', 'add_arguments', 'check_arguments', 'create', 'data_config', 'fit', 'top1', 'write_args']
-
-# flag -> (least, most) that makes sense; None is no bound
-RANGES: dict[str, tuple[Optional[float], Optional[float]]] = {
-    'epochs': (1, None), 'warmup_epochs': (0, None), 'batch_size': (1, None), 'workers': (0, None), 'img_size': (1, None),
-    'num_classes': (2, None), 'lr': (0, None), 'lr_base': (0, None), 'lr_base_size': (1, None), 'min_lr': (0, None),
-    'warmup_lr': (0, None), 'momentum': (0, None), 'weight_decay': (0, None), 'smoothing': (0, 1), 'hflip': (0, 1),
-    'crop_pct': (0.01, 1), 'seed': (0, 2 ** 32 - 1),
-}
-AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
+__all__ = [
+    'Step', 'Training', 'batch_statistics', 'create', 'data_config', 'is_primary', 'plain_step', 'score', 'start_processes', 'top1',
+]
 
 
-class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: Action) -> str:
-        return action.help if action.default in (None, '', False, []) else super()._get_help_string(action)
+# -- models ----------------------------------------------------------------------------------------------------------------
 
 
-class Parser(ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the list of all flags."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=_Formatter, **kwargs)
-
-    def error(self, message: str):
-        raise UsageError(f'{message} (--help lists the flags)')
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the flags for data, model, training and output. Name, type and default are timm's, but for --device."""
-    group = parser.add_argument_group('data')
-    group.add_argument('--dataset', default='', metavar='NAME', help=f"embedded images: {', '.join(DEFAULTS)}")
-    group.add_argument('--data-dir', metavar='FOLDER', help='images in train/CLASS/ and val/CLASS/ (or validation/CLASS/)')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
-
-    group = parser.add_argument_group('model')
-    group.add_argument('--model', default='resnet50', metavar='NAME', help="a timm model, or 'local-dir:FOLDER'")
-    group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
-    group.add_argument('--num-classes', type=int, metavar='N', help='outputs of the model (default: the classes found)')
-    group.add_argument('--img-size', type=int, metavar='N', help="side of the images (default: the model's)")
-    group.add_argument('--crop-pct', type=float, metavar='N',
-                       help="part of a validation image that is seen (default: the model's)")
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per step')
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
-                       help='torch device')
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', default='float16', choices=AMP_DTYPES, help='lower precision of --amp')
-
-    group = parser.add_argument_group('optimiser and schedule')
-    group.add_argument('--opt', default='sgd', metavar='NAME', help="any of timm's optimisers")
-    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='momentum of the optimiser')
-    group.add_argument('--weight-decay', type=float, default=2e-5, metavar='D', help='weight decay')
-    group.add_argument('--lr', type=float, metavar='LR', help='learning rate (default: from --lr-base)')
-    group.add_argument('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate of a batch of --lr-base-size')
-    group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='batch size that --lr-base is for')
-    group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
-                       help="how --lr-base follows the batch size (default: 'sqrt' for adaptive optimisers, else 'linear')")
-    group.add_argument('--sched', default='cosine', metavar='NAME', help="any of timm's schedules")
-    group.add_argument('--sched-on-updates', action='store_true', help='change the learning rate every step, not every epoch')
-    group.add_argument('--epochs', type=int, default=300, metavar='N', help='length of the final training')
-    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of rising learning rate')
-    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate at the start')
-    group.add_argument('--min-lr', type=float, default=0., metavar='LR', help='learning rate at the end')
-
-    group = parser.add_argument_group('augmentation and regularisation')
-    group.add_argument('--no-aug', action='store_true', help='no augmentation')
-    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.], metavar='PCT',
-                       help='part of an image that a crop keeps')
-    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R', help='aspect ratio of a crop')
-    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='PCT', help='strength of colour changes')
-    group.add_argument('--smoothing', type=float, default=0.1, metavar='P', help='label smoothing')
-
-    group = parser.add_argument_group('run')
-    group.add_argument('--seed', type=int, default=42, metavar='S', help='seed of all that is random')
-    group.add_argument('--output', required=True, metavar='FOLDER', help='new or empty folder for the results')
-    group.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
-
-
-def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> None:
-    """Refuses values that would fail later: numbers out of range, no such device or optimiser, an output folder in use.
-
-    Raises:
-        UsageError: With the flag, its value and what would be right.
-    """
-    for name, (least, most) in ranges.items():
-        value = getattr(args, name)
-        if value is None:
-            continue
-        if not ((least is None or value >= least) and (most is None or value <= most)):
-            wanted = f'at least {least}' if most is None else f'from {least} to {most}'
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    for name in ('scale', 'ratio'):
-        low, high = getattr(args, name)
-        if not 0 < low <= high or name == 'scale' and high > 1:
-            raise UsageError(f"--{name} needs two numbers, the smaller first{', from above 0 to 1' * (name == 'scale')}, "
-                             f'not {low:g} {high:g}')
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"--device '{args.device}' cannot be used here: {str(e).splitlines()[0]}") from None
-    source, _, path = args.model.partition(':')
-    if source == 'local-dir' and Path(path).resolve() == Path(args.output).resolve():
-        raise UsageError(f"--output '{args.output}' is the folder of --model: the results would replace what they start from")
-    try:
-        _optimiser(nn.Linear(1, 1), args, max(args.epochs, 2), 2)
-    except ValueError as e:
-        raise UsageError(f'--opt {args.opt} --sched {args.sched}: {e}') from None
-    _check_output(Path(args.output), args.overwrite)
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output '{folder}' is a file: give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UsageError(f"--output '{folder}' exists and is not empty: give another folder, or --overwrite")
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UsageError(f"--output '{folder}' cannot be made: '{there}' is not a folder that one can write to")
-
-
-def create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+def create(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm.create_model whose failures are UsageErrors.
 
     Args:
         name: A timm model, or 'local-dir:FOLDER'.
         num_classes: Outputs of the classifier.
         pretrained: Whether to load weights.
+        **kwargs: Further arguments of create_model.
 
     Raises:
         UsageError: There is no such model, or it cannot be built.
@@ -168,7 +58,7 @@ def create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
     if source == 'local-dir':
         check_config(path)
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except WidthError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, LookupError, AttributeError, ArithmeticError) as e:
@@ -185,85 +75,351 @@ def data_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
     return resolve_data_config(vars(args), model=model)
 
 
-def fit(
-        model: nn.Module,
-        batches: DataLoader,
-        args: Namespace,
-        epochs: int,
-        title: str = '',
-        after_epoch: Optional[Callable[[int, float, float], None]] = None,
-) -> nn.Module:
-    """Trains a model in place; seeds first, so that the same model on the same batches ends the same.
+# -- processes -------------------------------------------------------------------------------------------------------------
+
+
+def start_processes(args: Namespace) -> None:
+    """Joins the processes that torchrun started, if it did; sets args.device, .rank and .world_size."""
+    init_distributed_device(args)
+
+
+def is_primary(args: Namespace) -> bool:
+    """Whether this process is the one that writes files."""
+    return getattr(args, 'rank', 0) == 0
+
+
+def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages gradients over all processes, once per update.
+
+    Instead of DistributedDataParallel, which averages in every backward pass and cannot know which pass of a step is the last,
+    nor which blocks it skips.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g))
+
+
+# -- training --------------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """One batch (see `policies.base.Step`): what a train_step works with."""
+
+    def __init__(self, training: 'Training', images: torch.Tensor, targets: torch.Tensor):
+        self._training = training
+        self.images, self.targets = images, targets
+        self.epoch, self.update = training.epoch, training.updates
+        self.progress = training.updates / training.total_updates
+        self.rng = np.random.default_rng([training.seed, training.updates])
+        self.first_loss: Optional[torch.Tensor] = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with autocast(self._training.args):
+            return self._training.network(self.images, *args, **kwargs)
+
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
+        with autocast(self._training.args):
+            return self._training.criterion(logits, self.targets)
+
+    def distill(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), teacher.detach().float().softmax(-1))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self.first_loss is None:
+            self.first_loss = loss.detach()
+        self._training.backward(loss)
+
+
+def plain_step(step: Step) -> None:
+    """One forward and one backward pass: training as everybody knows it."""
+    step.backward(step.loss(step.forward()))
+
+
+class Training:
+    """A network under training: with its optimiser, its schedule, and how far it is.
+
+    Seeds first, so that the same network on the same batches ends the same; a `state_dict` holds the random states too, so
+    that a training that goes on from it ends where the unbroken one would (with `--workers 0` bit for bit).
 
     Args:
-        model: The model.
+        network: A model, or a network that takes more than images.
         batches: Training batches.
         args: The flags of `add_arguments`.
-        epochs: Length of the training; the warm-up keeps its share of it.
+        epochs: Length of the training.
         title: What the progress bar says.
-        after_epoch: Called with the epoch, its mean loss and the learning rate of its last step.
-
-    Returns:
-        The same model, on args.device.
+        warmup_epochs: Epochs of rising learning rate; by default --warmup-epochs.
+        train_step: What to do with a `Step`.
+        parameters: Further parameters to train, without weight decay.
+        seed: Seed of the order of images, of augmentation, and of what train_step draws; by default --seed.
     """
-    random_seed(args.seed)
-    model.to(args.device).train()
-    criterion = create_classification_loss(smoothing=args.smoothing).to(args.device)
-    optimizer, scheduler, epochs = _optimiser(model, args, epochs, len(batches))
-    scaler = NativeScaler(device='cuda') if args.amp and args.amp_dtype == 'float16' and 'cuda' in args.device else None
-    updates = 0
-    with tqdm(total=epochs * len(batches), desc=title, unit='step', leave=False, disable=None) as bar:
-        for epoch in range(epochs):
-            losses, lr = AverageMeter(), 0.
-            for images, targets in batches:
-                with _autocast(args):
-                    loss = criterion(model(images), targets)
-                optimizer.zero_grad()
-                if scaler is None:
-                    loss.backward()
-                    optimizer.step()
-                else:
-                    scaler(loss, optimizer)
-                losses.update(loss.detach(), len(targets))  # stays on the device: reading it would wait for the step
-                lr, updates = optimizer.param_groups[0]['lr'], updates + 1
-                if scheduler is not None:
-                    scheduler.step_update(updates)
-                bar.update()
-            if scheduler is not None:
-                scheduler.step(epoch + 1)
-            if after_epoch is not None:
-                after_epoch(epoch, float(losses.avg), lr)
-    return model
+
+    def __init__(
+            self,
+            network: nn.Module,
+            batches: DataLoader,
+            args: Namespace,
+            epochs: int,
+            title: str = '',
+            warmup_epochs: Optional[float] = None,
+            train_step: Callable[[Step], None] = plain_step,
+            parameters: Sequence[nn.Parameter] = (),
+            seed: Optional[int] = None,
+    ):
+        self.args, self.batches, self.title, self.train_step = args, batches, title, train_step
+        self.seed = args.seed if seed is None else seed
+        random_seed(self.seed, getattr(args, 'rank', 0))
+        layout = {'memory_format': torch.channels_last} if args.channels_last else {}
+        self.network = network.to(args.device, **layout)
+        self.parameters = [*network.parameters(), *parameters]
+        self.mixing = mixes(args)
+        self.criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=self.mixing).to(args.device)
+        self.updates_per_epoch = -(-len(batches) // args.grad_accum_steps)
+        self.optimizer, self.scheduler, self.epochs = make_optimizer(
+            network, args, epochs, self.updates_per_epoch, warmup_epochs, parameters)
+        self.total_updates = self.epochs * self.updates_per_epoch
+        scaled = args.amp and args.amp_dtype == 'float16' and 'cuda' in args.device
+        self.scaler = torch.amp.GradScaler('cuda', enabled=scaled)
+        self.ema = ModelEmaV3(network, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        self.epoch = self.updates = 0
+        self._share = 1.  # of an update that one batch is
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to score and save: of averaged weights, where these are kept."""
+        return self.network if self.ema is None else self.ema.module
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of a loss of this batch to those of the update."""
+        self.scaler.scale(loss * self._share).backward()
+
+    def run(
+            self,
+            checkpoint: Optional[Path] = None,
+            after_epoch: Optional[Callable[['Training', float, float], None]] = None,
+            extra: Optional[Any] = None,
+    ) -> nn.Module:
+        """Trains to the end, from where it is.
+
+        Args:
+            checkpoint: File to go on from, if it is there, and to write after every epoch.
+            after_epoch: Called after each epoch with this object, the epoch's mean loss and the learning rate of its last step.
+            extra: Something with `state_dict` and `load_state_dict` to keep in the checkpoint, too.
+
+        Returns:
+            `result`.
+
+        Raises:
+            UsageError: The loss is no longer finite, or the checkpoint is of another training.
+        """
+        if checkpoint is not None and checkpoint.is_file():
+            self._load(checkpoint, extra)
+        steps = self.epochs * len(self.batches)
+        with tqdm(total=steps, initial=self.epoch * len(self.batches), desc=self.title, unit='step', leave=False,
+                  disable=None if is_primary(self.args) else True) as bar:
+            while self.epoch < self.epochs:
+                loss, lr = self._run_epoch(bar)
+                self.epoch += 1
+                if not np.isfinite(loss):
+                    raise UsageError(f'{self.title}: the loss is {loss} in epoch {self.epoch}; a lower --lr may help')
+                if after_epoch is not None:
+                    after_epoch(self, loss, lr)
+                if checkpoint is not None:
+                    self._save(checkpoint, extra)
+        return self.result
+
+    def _run_epoch(self, bar: tqdm) -> tuple[float, float]:
+        args, network = self.args, self.network
+        network.train()
+        if hasattr(self.batches.sampler, 'set_epoch'):
+            self.batches.sampler.set_epoch(self.epoch)
+        if args.mixup_off_epoch and self.epoch >= args.mixup_off_epoch and self.mixing:
+            self.batches.mixup_enabled = False
+        losses, lr, count = [], 0., len(self.batches)
+        for i, (images, targets) in enumerate(self.batches):
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            accumulated = i % args.grad_accum_steps
+            if accumulated == 0:
+                self.optimizer.zero_grad()
+                self._share = 1 / min(args.grad_accum_steps, count - i)
+            step = Step(self, images, targets)
+            self.train_step(step)
+            if step.first_loss is not None:
+                losses.append(step.first_loss)  # stays on the device: reading it would wait for the step
+            if accumulated == args.grad_accum_steps - 1 or i == count - 1:
+                lr = self.optimizer.param_groups[0]['lr']
+                self._update()
+            bar.update()
+        if self.scheduler is not None:
+            self.scheduler.step(self.epoch + 1)
+        if getattr(args, 'world_size', 1) > 1:
+            distribute_bn(network, args.world_size, reduce=True)
+        return float(torch.stack(losses).mean()) if losses else 0., lr
+
+    def _update(self) -> None:
+        args = self.args
+        if getattr(args, 'world_size', 1) > 1:
+            _average_gradients(self.parameters)
+        if args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.parameters, args.clip_grad, args.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.network, step=self.updates)
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save(self, path: Path, extra: Optional[Any]) -> None:
+        """Writes where the training is, beside and then over what is there."""
+        states = _random_states()
+        if getattr(self.args, 'world_size', 1) > 1:
+            everywhere: list[Any] = [None] * self.args.world_size
+            distributed.all_gather_object(everywhere, states)
+        else:
+            everywhere = [states]
+        if not is_primary(self.args):
+            return
+        state = {
+            'epoch': self.epoch, 'updates': self.updates, 'epochs': self.epochs, 'seed': self.seed, 'random': everywhere,
+            'network': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
+            'ema': None if self.ema is None else self.ema.module.state_dict(),
+            'extra': None if extra is None else extra.state_dict()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f'.{path.name}.saving')
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+    def _load(self, path: Path, extra: Optional[Any]) -> None:
+        try:
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            if (state['epochs'], state['seed']) != (self.epochs, self.seed) or len(state['random']) != getattr(
+                    self.args, 'world_size', 1):
+                raise ValueError('its length, seed or number of processes is another')
+            self.network.load_state_dict(state['network'])
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.scaler.load_state_dict(state['scaler'])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state['ema'])
+            if extra is not None:
+                extra.load_state_dict(state['extra'])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as e:
+            reason = (str(e).strip().splitlines() or [''])[0]
+            raise UsageError(f"'{path}' is not a checkpoint of this training: {reason}; --overwrite starts anew") from e
+        self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
+        _set_random_states(state['random'][getattr(self.args, 'rank', 0)])
 
 
-@torch.inference_mode()
-def top1(model: nn.Module, batches: DataLoader, args: Namespace) -> float:
-    """Top-1 accuracy in percent."""
-    model.to(args.device).eval()
-    meter = AverageMeter()
-    for images, targets in batches:
-        with _autocast(args):
-            output = model(images)
-        meter.update(accuracy(output, targets)[0].item(), len(targets))
-    return meter.avg
+def make_optimizer(
+        network: nn.Module,
+        args: Namespace,
+        epochs: int,
+        updates: int,
+        warmup_epochs: Optional[float] = None,
+        further: Sequence[nn.Parameter] = (),
+) -> tuple:
+    """timm's optimiser and schedule, and the number of epochs with what the schedule adds.
 
+    Args:
+        network: What to train.
+        args: The flags.
+        epochs: Length of the training.
+        updates: Optimiser steps per epoch.
+        warmup_epochs: Epochs of rising learning rate; by default --warmup-epochs.
+        further: Parameters to add, without weight decay.
 
-def _optimiser(model: nn.Module, args: Namespace, epochs: int, updates: int) -> tuple:
-    """timm's optimiser and schedule, and the number of epochs with what the schedule adds."""
+    Raises:
+        UsageError: There is no such optimiser or schedule, or it does not take these values.
+    """
     lr = args.lr
     if lr is None:  # as timm derives it
         adaptive = any(word in args.opt.lower() for word in ('ada', 'lamb'))
-        ratio = args.batch_size / args.lr_base_size
+        ratio = args.batch_size * args.grad_accum_steps * getattr(args, 'world_size', 1) / args.lr_base_size
         lr = args.lr_base * (ratio ** 0.5 if (args.lr_base_scale or ('sqrt' if adaptive else 'linear')) == 'sqrt' else ratio)
-    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
-    schedule = {**scheduler_kwargs(args), 'num_epochs': epochs, 'warmup_epochs': args.warmup_epochs * epochs / args.epochs}
-    return optimizer, *create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates)
+    try:
+        optimizer = create_optimizer_v2(network, **{**optimizer_kwargs(args), 'lr': lr, **args.opt_kwargs})
+        if further:
+            optimizer.add_param_group({'params': list(further), 'weight_decay': 0.})
+        schedule = {**scheduler_kwargs(args), 'num_epochs': epochs}
+        if warmup_epochs is not None:
+            schedule['warmup_epochs'] = warmup_epochs
+        return optimizer, *create_scheduler_v2(optimizer, **schedule, updates_per_epoch=updates)
+    except (ValueError, TypeError, AssertionError) as e:
+        raise UsageError(f'--opt {args.opt} --sched {args.sched}: {e}') from e
 
 
-def _autocast(args: Namespace) -> AbstractContextManager:
+def _random_states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        'torch': torch.get_rng_state(), 'python': random.getstate(),
+        'numpy': (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states['torch'].cpu())
+    version, keys, gauss = states['python']
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = states['numpy']
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    if states['cuda'] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states['cuda']])
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------------------
+
+
+def autocast(args: Namespace) -> AbstractContextManager:
+    """Mixed precision, if --amp asks for it."""
     return torch.autocast(torch.device(args.device).type, AMP_DTYPES[args.amp_dtype], enabled=args.amp)
 
 
-def write_args(args: Namespace, folder: Path) -> None:
-    """Writes args.yaml, as timm does."""
-    (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode but for batch norms, which normalise with the statistics of the batch."""
+    modes = [(m, m.training) for m in network.modules()]
+    try:
+        network.eval()
+        for m in network.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.training = True
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@torch.no_grad()
+def score(network: nn.Module, batches: Iterable, args: Namespace, *call: Any, **kwargs: Any) -> tuple[float, float]:
+    """Top-1 accuracy in percent and mean cross-entropy, over the batches of all processes; in whatever mode the network is.
+
+    Args:
+        network: A model, or a network that takes more than images.
+        batches: Batches of images and classes; with several processes, this one's share of them.
+        args: The flags.
+        *call: What the network takes after the images.
+        **kwargs: What the network takes by name.
+    """
+    total = torch.zeros(3, dtype=torch.float64, device='cpu' if 'mps' in args.device else args.device)
+    for images, targets in batches:
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(args):
+            logits = network(images, *call, **kwargs)
+        loss = F.cross_entropy(logits.float(), targets, reduction='sum')
+        total += torch.stack([(logits.argmax(1) == targets).sum(), loss, loss.new_tensor(len(targets))]).to(total)
+    if getattr(args, 'world_size', 1) > 1:
+        distributed.all_reduce(total)
+    right, loss, count = total.tolist()
+    return 100 * right / count, loss / count
+
+
+def top1(model: nn.Module, batches: DataLoader, args: Namespace) -> float:
+    """Top-1 accuracy of a trained model in percent."""
+    return score(model.to(args.device).eval(), batches, args)[0]

@@ -1,259 +1,386 @@
-"""Searches the widths of a timm model for a budget, trains what was found, and sets it beside the base and the uniform width.
+"""Searches the widths of a timm model for budgets, trains what was found, and sets it beside the base and the uniform width.
 
-    python search.py --model mobilenetv2_050 --dataset digits --policy random --budget macs=0.5x --output runs/x
+    python search.py --model resnet18 --data-dir flowers --policy autoslim --budget macs=0.5x --output runs/x
 
-The policy chooses on the holdout, a part of the training images; the found model then trains on all of them. The validation
-images are read once, for the table at the end. --output becomes a folder for timm.create_model('local-dir:FOLDER',
-pretrained=True) with config.json, model.safetensors, args.yaml and summary.csv. Costs are those of one image at --img-size.
+The policy learns on the training images but for the holdout, on which it chooses; the found model then trains on all of them.
+The validation images are read once, for the table at the end. --output becomes a folder for
+timm.create_model('local-dir:FOLDER', pretrained=True), with config.json and model.safetensors; with several budgets it holds one
+such folder for each. Beside them are args.yaml, summary.csv (the table) and search/ (what --resume goes on from). Costs are those
+of one image at --img-size. Runs under torchrun, too.
 """
-import csv
 import dataclasses
-import fnmatch
-import math
+import json
 import platform
+import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
-from timm.utils import random_seed
+import yaml
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import policies
+from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, write_args
 from .config import SUFFIX, load_spec, save
-from .cost import Budget, Macs, Params
-from .data import DEFAULTS, Splits, UsageError, View, loader, open_splits, split_holdout
-from .engine import RANGES, Parser, add_arguments, check_arguments, create, data_config, fit, top1, write_args
-from .models import register, supported
-from .policies.base import Choice, Grid, uniform_widths
-from .resize import resize
-from .space import MAX_GROWTH, WidthSpace, nearest
-from .trace import trace
+from .cost import Budget
+from .data import DEFAULTS, UsageError, mixes
+from .engine import Training, is_primary, start_processes, top1
+from .grids import GRIDS
+from .holdout import Holdout, Journal
+from .latency.measure import describe_device, latencies
+from .models import supported
+from .policies.base import Choice
+from .problem import Problem, learning_problem, make_problem, parse_proxy
+from .report import print_table, write_table
+from .space import MAX_GROWTH
 
-__all__ = ['Problem', 'choose', 'main', 'make_grid', 'prepare', 'search']
+__all__ = ['main', 'parse', 'search']
 
-RESULTS = ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv')
-SEARCH_RANGES = {**RANGES, 'search_epochs': (1, None), 'width_divisor': (1, None), 'width_min': (0, MAX_GROWTH),
-                 'width_max': (0, MAX_GROWTH)}
-# where a search differs from timm's train.py: three trainings and many brief ones should end the same day
-SEARCH_DEFAULTS = {'epochs': 20, 'warmup_epochs': 2, 'batch_size': 64, 'sched_on_updates': True}
+SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
+                 'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH)}
+# where a search differs from timm's train.py: several trainings and brief ones should end the same day
+SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'sched_on_updates': True}
+BASE = 'base'
+# what may be another when a search goes on: nothing that decides what the policy has learned so far
+FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'rank', 'local_rank',
+        'validation_batch_size', 'pin_mem')
 
 
-def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, type[policies.Policy]]:
-    """Reads the flags; those of the policy, and defaults for the dataset, come with the names given."""
+# -- the command line ------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, type[policies.Policy]]]:
+    """Reads the flags; those of the policies, and defaults for the dataset, come with the names given.
+
+    Returns:
+        The flags, and the policies that they name: the searching one first.
+    """
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument('--policy')
-    first.add_argument('--dataset')
+    for flag in ('--policy', '--dataset', '--resume'):
+        first.add_argument(flag)
+    first.add_argument('--baselines', nargs='+', default=[])
     known, _ = first.parse_known_args(argv)
+    earlier = _read_args(known.resume) if known.resume else {}
+    known.policy, known.dataset = known.policy or earlier.get('policy'), known.dataset or earlier.get('dataset')
 
     parser = Parser(prog='timm-width search', description=__doc__, allow_abbrev=False)
     group = parser.add_argument_group('search')
-    group.add_argument('--policy', required=True, metavar='NAME',
-                       help=f"one of {', '.join(policies.names())}; --policy NAME --help shows its options")
-    group.add_argument('--budget', required=True, metavar='COST=LIMIT',
-                       help='macs=150M, params=2M, or a ratio of the base: macs=0.5x')
-    group.add_argument('--search-epochs', type=int, default=3, metavar='N', help='length of each brief training')
+    group.add_argument('--policy', required=not known.policy, metavar='NAME',
+                       help=f"one of {', '.join(policies.names())}, or a file of yours; --policy NAME --help shows its options")
+    group.add_argument('--budget', required=not earlier, nargs='+', metavar='COST=LIMIT',
+                       help='macs=150M, params=2M, or a ratio of the base: macs=0.5x; one network is found for each')
+    group.add_argument('--search-epochs', type=int, metavar='N', help="length of the policy's own training (default: the paper's)")
     group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
                        help='part of the training images on which the policy chooses')
-    group.add_argument('--width-divisor', type=int, default=8, metavar='N', help='step of the widths')
-    group.add_argument('--width-min', type=float, default=0.1, metavar='RATIO', help='least share of a base width')
-    group.add_argument('--width-max', type=float, default=1., metavar='RATIO', help='most of a base width')
+    group.add_argument('--proxy', default='', metavar='HOW',
+                       help='a cheaper search: resolution=96,data=0.1,classes=100, any of them; costs stay those of the real thing')
+    group.add_argument('--grid', metavar='NAME', help="widths to choose from: ratios as in 0.25,0.5,1 or one of " + '; '.join(
+        f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
+    group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
+    group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
+    group.add_argument('--width-divisor', type=int, metavar='N', help="step of the widths (default: the grid's, mostly 8)")
     group.add_argument('--fix', action='append', default=[], metavar='PATTERN',
                        help="groups that keep their width, as in 'conv_*'")
+    group.add_argument('--search-se', action='store_true', help='search the squeezes of squeeze-excite, too')
+    group.add_argument('--baselines', nargs='+', default=[BASE, 'uniform'], metavar='NAME',
+                       help=f"what to set the found network beside: {BASE}, and any policies")
+    group.add_argument('--seeds', type=int, default=1, metavar='N',
+                       help='train every network of the table N times, and report mean and standard deviation')
     add_arguments(parser)
-    policy = policies.load(known.policy) if known.policy else policies.Policy
-    if known.policy:
-        policies.add_options(parser, known.policy, policy)
+    group = parser.add_argument_group('output')
+    group.add_argument('--output', required=not known.resume, metavar='FOLDER', help='new or empty folder for the results')
+    group.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
+    group.add_argument('--resume', metavar='FOLDER', help='go on with the search in that folder; flags come from there, and '
+                       '--budget, --baselines, --seeds and --epochs may be others')
+    found = {}
+    for name in dict.fromkeys([known.policy, *known.baselines]):
+        if name and name != BASE:
+            found[policies.label(name)] = policies.load(name)
+            policies.add_options(parser, policies.label(name), found[policies.label(name)])
+    if 'uniform' not in found and not known.baselines:
+        found['uniform'] = policies.load('uniform')
     parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
-    return parser.parse_args(argv), policy
+    parser.set_defaults(**earlier)
+    args = parser.parse_args(argv)
+    if known.resume:
+        args.output = known.resume
+        changed = [k for k, v in earlier.items() if k not in FREE and vars(args).get(k) != v]
+        if changed:
+            raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
+                f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
+    elif known.policy:
+        args.search_epochs = args.search_epochs or found[policies.label(known.policy)].search_epochs
+    args.baselines = [name if name == BASE else policies.label(name) for name in args.baselines]
+    return args, found
 
 
-def make_grid(space: WidthSpace, divisor: int, low: float, high: float, fix: Sequence[str] = ()) -> Grid:
-    """Lists the widths that a search may choose.
-
-    Args:
-        space: The width space of the model.
-        divisor: Widths are multiples of it, and of the group's unit; where that is more than the base width, of the unit alone.
-        low: Smallest ratio of the base width, but at least one step is kept.
-        high: Largest ratio of the base width.
-        fix: Patterns of the groups that keep their base width, and are left out.
-
-    Returns:
-        Group -> widths, ascending; the base width is always among them if its ratio is allowed.
-
-    Raises:
-        UsageError: A pattern fits no group, or nothing is left to search.
-    """
-    if low > high:
-        raise UsageError(f'--width-min {low:g} is more than --width-max {high:g}')
-    fixed = set()
-    for pattern in fix:
-        found = fnmatch.filter(space.searchable, pattern)
-        if not found:
-            raise UsageError(f"--fix '{pattern}' fits no searchable group of {space.architecture}"
-                             f'{nearest(pattern, space.searchable)}')
-        fixed.update(found)
-    grid = {}
-    for name, group in space.searchable.items():
-        step = math.lcm(group.unit, divisor)
-        step = group.unit if step > group.size else step
-        first = max(math.ceil(low * group.size / step - 1e-9), 1)  # 0.1 * 240 may be a little more than 24
-        widths = {*range(first * step, math.floor(high * group.size + 1e-9) + 1, step)}
-        widths |= {group.size} if low <= 1 <= high or not widths else set()
-        if name not in fixed:
-            grid[name] = tuple(sorted(widths))
-    if not grid:
-        raise UsageError(f'{space.architecture} has no searchable group'
-                         + (': --fix keeps them all' if fixed else f': {next(iter(space.frozen.values()), "no convolution")}'))
-    return grid
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is searched: the images, the model's space, the widths to choose from and the budget."""
-    args: Namespace
-    splits: Splits
-    space: WidthSpace
-    grid: Grid
-    budget: Budget
-    config: Mapping[str, Any]  # timm's data config
-
-    def model(self, choice: Choice) -> nn.Module:
-        """The model at some widths, always from the same initial weights."""
-        random_seed(self.args.seed)
-        return resize(create(self.args.model, self.args.num_classes, self.args.pretrained), self.space, *choice)
-
-    def batches(self, images: View, training: bool) -> DataLoader:
-        return loader(images, self.args, self.config, training)
-
-    def costs(self, choice: Choice) -> dict[str, int]:
-        return {'macs': Macs(self.space)(*choice), 'params': Params(self.space)(*choice)}
-
-
-def prepare(args: Namespace) -> Problem:
-    """Opens the images, builds and traces the model, and checks that the budget can be met, before anything is trained."""
-    check_arguments(args, SEARCH_RANGES)
-    if not 0 < args.search_holdout < 1:
-        raise UsageError(f'--search-holdout must be between 0 and 1, not {args.search_holdout:g}')
-    splits = open_splits(args)
-    random_seed(args.seed)
-    model = create(args.model, args.num_classes, args.pretrained)
-    config = data_config(args, model)
-    space = trace(model, config['input_size'])
-    grid = make_grid(space, args.width_divisor, args.width_min, args.width_max, args.fix)
-    register(space.architecture)  # what is saved must have a name that timm can build
-    budget = Budget.parse(args.budget, space)
-    budget.check_feasible({name: w[0] for name, w in grid.items()}, {name: w[-1] for name, w in grid.items()})
-    return Problem(args, splits, space, grid, budget, config)
-
-
-def choose(problem: Problem, policy: policies.Policy) -> Choice:
-    """Lets a policy choose. It sees scores on the holdout; candidates train on the rest of the training images."""
-    args = problem.args
-    kept, held = split_holdout(problem.splits.targets, args.search_holdout, args.seed)
-    if not len(held) or not len(kept):
-        raise UsageError(f'--search-holdout {args.search_holdout:g} of {len(kept) + len(held)} training images leaves nothing: '
-                         'every class needs two or more')
-    print(f'{problem.space.architecture}: {len(problem.grid)} groups to search, {problem.budget}; {len(kept)} images train '
-          f'candidates, {len(held)} score them', flush=True)
-    training = problem.batches(View(problem.splits.train, kept), training=True)
-    holdout = problem.batches(View(problem.splits.train, held), training=False)
-    scores: list[float] = []
-    with tqdm(total=policy.evaluations, desc=f'search ({args.policy})', unit='net', disable=None) as bar:
-        def evaluate(widths: Mapping[str, int], skips: Sequence[str] = ()) -> float:
-            choice = Choice(widths, tuple(skips))
-            scores.append(top1(fit(problem.model(choice), training, args, args.search_epochs, 'candidate'), holdout, args))
-            bar.update()
-            bar.write(f"candidate {len(scores)}: {problem.costs(choice)['macs'] / 1e6:.2f}M MACs, "
-                      f'{scores[-1]:.2f} % on the holdout')
-            sys.stdout.flush()
-            return scores[-1]
-
-        found = policy.choose(evaluate)
-    if not problem.budget.met(*found):
-        raise UsageError(f'policy {args.policy} answered with a network over the budget {problem.budget}')
+def _read_args(folder: str) -> dict[str, Any]:
+    path = Path(folder) / 'args.yaml'
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as e:
+        raise UsageError(f"--resume '{folder}': no search was begun there: {str(e).splitlines()[0]}") from None
+    if not isinstance(found, dict) or 'policy' not in found:
+        raise UsageError(f"--resume '{folder}': its args.yaml is not that of a search")
     return found
 
 
-def search(args: Namespace, policy: type[policies.Policy]) -> list[dict[str, Any]]:
+def _check(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> None:
+    check_arguments(args, SEARCH_RANGES)
+    parse_proxy(args.proxy)
+    if not 0 < args.search_holdout < 1:
+        raise UsageError(f'--search-holdout must be between 0 and 1, not {args.search_holdout:g}')
+    if len(set(args.budget)) < len(args.budget):
+        raise UsageError(f"--budget {' '.join(args.budget)} names one twice")
+    policy = policies.label(args.policy)
+    if mixes(args) and not found[policy].mixup:
+        raise UsageError(f'--mixup and --cutmix cannot be used with --policy {policy}: it needs the class of every image')
+    if not args.resume:
+        check_output(Path(args.output), args.overwrite, args.model)
+
+
+# -- one policy ------------------------------------------------------------------------------------------------------------
+
+
+def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]:
+    """Lets a policy learn and choose, on a problem without validation images.
+
+    Args:
+        problem: What it learns on.
+        name: What it is called.
+        policy: It.
+
+    Returns:
+        One network for each budget of the problem.
+    """
+    args, state = problem.args, Path(problem.args.output) / 'search'
+    warmup = min(args.warmup_epochs, args.search_epochs / 5)
+    training, held = problem.training_batches(), problem.held_batches()
+    network = None
+    if policy.trains():
+        model, space = problem.largest(args.seed)
+        trained = Training(policy.prepare(model, space), training, args, args.search_epochs, f'search ({name})', warmup,
+                           policy.train_step, list(policy.parameters()))
+        network = trained.run(state / f'{name}.pth.tar', _after_epoch(args, name, policy), policy)
+
+    def train(choice: Choice) -> nn.Module:
+        return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', warmup).run()
+
+    with tqdm(total=policy.evaluations, desc=f'choose ({name})', unit='net', disable=None if is_primary(args) else True) as bar:
+        found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
+    found = [Choice(dict(widths), tuple(skips)) for widths, skips in found]
+    for choice, budget in zip(found, problem.budgets, strict=True):
+        if not budget.met(*choice):
+            raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
+    return found
+
+
+def _after_epoch(args: Namespace, name: str, policy: Optional[policies.Policy] = None) -> Callable[[Training, float, float], None]:
+    def after_epoch(training: Training, loss: float, lr: float) -> None:
+        if policy is not None:
+            policy.epoch_end(training.epoch - 1)
+        if is_primary(args) and not sys.stdout.isatty():
+            print(f'{name}: epoch {training.epoch} of {training.epochs}, loss {loss:.3f}', flush=True)
+    return after_epoch
+
+
+# -- the whole search ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A network of the final table."""
+    name: str
+    choice: Choice
+    budget: Optional[Budget] = None
+
+
+def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[dict[str, Any]]:
     """Runs a whole search: choose on the holdout, save, train, compare.
 
     Args:
         args: The flags.
-        policy: The class that chooses; its options are among the flags.
+        found: The policies that the flags name.
 
     Returns:
-        The rows of the final table: base, uniform and found.
+        The rows of the final table.
     """
-    options = policies.read_options(args, args.policy, policy)
-    problem = prepare(args)
-    space, grid, budget = problem.space, problem.grid, problem.budget
-    found = choose(problem, policy(space, budget, grid, options, args.seed))
-    uniform = Choice(uniform_widths(space, budget, grid))
+    _check(args, found)
+    options = {name: policies.read_options(args, name, policy) for name, policy in found.items() if name in _with_options(args)}
+    start_processes(args)
+    problems = make_problem(args, {name: policy.default_grid for name, policy in found.items()})
+    name = policies.label(args.policy)
+    problem, output = problems[name], Path(args.output)
+    learning = learning_problem(problem)
+    if is_primary(args):
+        _prepare_output(args, output)
+    _say(args, f'{problem.space.architecture}: {len(problem.grid)} groups to search; {len(learning.train)} images train, '
+               f'{len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
 
-    output = Path(args.output)
-    for name in RESULTS:
-        (output / name).unlink(missing_ok=True)
-    provenance = _provenance(args, options, grid, problem.costs(found))
-    save(problem.model(found), output, provenance, weights=args.pretrained)
-    write_args(args, output)
-
-    training = problem.batches(View(problem.splits.train), training=True)
-    validation = problem.batches(View(problem.splits.validation), training=False)
-
-    def row(name: str, network: nn.Module, choice: Choice) -> dict[str, Any]:
-        print(f'training {name} for {args.epochs} epochs', flush=True)
-        fit(network, training, args, args.epochs, name)
-        return {'network': name, **problem.costs(choice), 'top1': round(top1(network, validation, args), 2)}
-
-    random_seed(args.seed)
-    network = create(f'local-dir:{output}', args.num_classes, args.pretrained)
-    found_row = row('found', network, found)
-    save(network, output, provenance)  # before the baselines, which may be interrupted
-    uniform_row = dict(found_row, network='uniform') if uniform == found else row('uniform', problem.model(uniform), uniform)
-    base = Choice({})
-    base_row = row('base', problem.model(base), base)
-    save(network, output, {**provenance, 'baseline': {'base': base_row, 'uniform': uniform_row}, 'top1': found_row['top1']})
-    rows = [base_row, uniform_row, found_row]
-    _write_table(rows, output / 'summary.csv')
+    chosen = {}
+    for policy in dict.fromkeys([name, *(b for b in args.baselines if b != BASE)]):
+        grid = problems[policy].grid
+        chosen[policy] = choose(dataclasses.replace(learning, grid=grid), policy, found[policy](
+            problem.space, problem.budgets, grid, options.get(policy), args.seed))
+    entries = list(_entries(args, problem, name, chosen))
+    rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
+    for row, ms in zip(rows, _times(problem, entries)):
+        row['latency_ms'] = ms
+    rule = args.grid or found[name].default_grid
+    provenance = {e.budget.text: _provenance(problem, rule, options.get(name), row)
+                  for e, row in zip(entries, rows) if e.name == 'found'}
+    if is_primary(args):
+        for e in entries:
+            if e.name == 'found' and not _is_saved(_folder(args, e), e.choice):
+                save(problem.model(e.choice, args.seed), _folder(args, e), provenance[e.budget.text], weights=args.pretrained)
+    if args.epochs:
+        _train_all(problem, entries, rows, provenance)
+    if is_primary(args):
+        write_table(rows, output / 'summary.csv')
     return rows
 
 
-def _provenance(args: Namespace, options: Any, grid: Grid, costs: Mapping[str, int]) -> dict[str, Any]:
+def _with_options(args: Namespace) -> set[str]:
+    """The policies whose options are among the flags."""
+    return {key.partition('.')[0] for key in vars(args) if '.' in key}
+
+
+def _prepare_output(args: Namespace, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        for name in ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv'):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / 'search', ignore_errors=True)
+    write_args(args, output)
+
+
+def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, Sequence[Choice]]) -> Iterator[_Entry]:
+    """Base, then for every budget its baselines and what was found."""
+    if BASE in args.baselines:
+        yield _Entry(BASE, Choice({}))
+    for i, budget in enumerate(problem.budgets):
+        for baseline in args.baselines:
+            if baseline != BASE:
+                yield _Entry(baseline, chosen[baseline][i], budget)
+        yield _Entry('found', chosen[name][i], budget)
+
+
+def _folder(args: Namespace, entry: _Entry) -> Path:
+    """Where a found network is saved: --output itself, or a folder for each of several budgets."""
+    output = Path(args.output)
+    return output if len(args.budget) == 1 else output / entry.budget.text.replace('=', '-')
+
+
+def _is_saved(folder: Path, choice: Choice) -> bool:
+    """Whether the folder holds that network, of the run that goes on."""
+    if not (folder / 'config.json').is_file():
+        return False
+    spec = load_spec(folder)
+    return (spec.widths, spec.skips) == (choice.widths, choice.skips)
+
+
+def _times(problem: Problem, entries: Sequence[_Entry]) -> list[float]:
+    """Milliseconds per image of every network, on this machine."""
+    args = problem.args
+    if not is_primary(args):
+        return [0.] * len(entries)
+    networks = {str(i): problem.model(e.choice, args.seed) for i, e in enumerate(entries)}
+    times = latencies(networks, problem.space.input_size, _latency_batch(args), args.device)
+    return [round(times[str(i)], 4) for i in range(len(entries))]
+
+
+def _latency_batch(args: Namespace) -> int:
+    """Images per timed call: those of AOWS (appendix C)."""
+    return 16 if 'cuda' in args.device else 1
+
+
+def _train_all(
+        problem: Problem,
+        entries: Sequence[_Entry],
+        rows: Sequence[dict[str, Any]],
+        provenance: Mapping[str, dict],
+) -> None:
+    """Trains every network under every seed; adds top-1 to the rows, and saves what was found under the first seed."""
+    args, state = problem.args, Path(problem.args.output) / 'search'
+    journal = Journal(state / 'results.jsonl', args)
+    training, validation = problem.training_batches(), problem.held_batches()
+    scores: dict[int, list[float]] = {i: [] for i in range(len(entries))}
+
+    def train(entry: _Entry, seed: int) -> float:
+        title = f"{entry.name}{f' ({entry.budget.text})' if entry.budget else ''}, seed {seed}"
+        _say(args, f'training {title}, for {args.epochs} epochs')
+        checkpoint = state / f"{title.replace(' ', '-')}-{args.epochs}.pth.tar"
+        result = Training(problem.model(entry.choice, seed), training, args, args.epochs, title, seed=seed).run(
+            checkpoint, _after_epoch(args, title))
+        found = top1(result, validation, args)
+        if is_primary(args):
+            if entry.name == 'found' and seed == args.seed:
+                save(result, _folder(args, entry), provenance[entry.budget.text])
+            checkpoint.unlink(missing_ok=True)
+        return found
+
+    order = sorted(range(len(entries)), key=lambda i: entries[i].name != 'found')  # the baselines may be interrupted
+    for seed in range(args.seed, args.seed + args.seeds):
+        for at, i in enumerate(order):
+            e = entries[i]
+            twin = next((j for j in order[:at] if entries[j].choice == e.choice), None)
+            if twin is not None and e.name != 'found':
+                scores[i].append(scores[twin][-1])
+                continue
+            saved = e.budget.text if e.name == 'found' and seed == args.seed else ''
+            scores[i].append(journal.recall([saved, *e.choice, seed, args.epochs], partial(train, e, seed)))
+    for i, row in enumerate(rows):
+        found = torch.tensor(scores[i], dtype=torch.float64)
+        row['top1'] = round(found.mean().item(), 2)
+        row['top1_std'] = round(found.std().item(), 2) if args.seeds > 1 else ''
+    for e in entries:
+        if e.name == 'found' and is_primary(args):
+            path = _folder(args, e) / 'config.json'
+            _add_results(path, [row for row in rows if row['budget'] in ('', e.budget.text)])
+
+
+def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the final table into a config's provenance, where `baseline` is empty so far."""
+    config = json.loads(path.read_text())
+    said = config['timm_width']
+    said['baseline'] = {row['network']: row for row in rows if row['network'] != 'found'}
+    said['top1'] = rows[-1]['top1']
+    beside = path.with_name('.config.json.saving')
+    beside.write_text(json.dumps(config, indent=2))
+    beside.replace(path)
+
+
+def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    args = problem.args
+    costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
+        **describe_device(args.device), 'batch': _latency_batch(args), 'ms': row['latency_ms']}}
     return {
-        'policy': args.policy, 'options': dataclasses.asdict(options), 'seed': args.seed, 'budget': args.budget,
-        'grid': {name: list(widths) for name, widths in grid.items()}, 'baseline': {},
-        'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()},
-        'costs': costs}
+        'policy': policies.label(args.policy), 'options': dataclasses.asdict(options) if options else {}, 'seed': args.seed,
+        'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},
+        'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
+        'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs}
 
 
-def _write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the final table; a cost is followed by its share of the base's."""
-    base = rows[0]
-    print(f"\n{'network':<10}{'MACs':>18}{'params':>18}{'top-1 %':>10}")
-    for r in rows:
-        macs, params = (f'{r[c] / 1e6:.2f}M {r[c] / base[c]:6.1%}' for c in ('macs', 'params'))
-        print(f"{r['network']:<10}{macs:>18}{params:>18}{r['top1']:>10.2f}")
+def _say(args: Namespace, text: str) -> None:
+    if is_primary(args):
+        print(text, flush=True)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Parses, searches, and prints the table."""
-    args, policy = parse(argv)
-    rows = search(args, policy)
-    print_table(rows)
-    base = load_spec(args.output).architecture.removesuffix(SUFFIX)
+    args, found = parse(argv)
+    rows = search(args, found)
+    if not is_primary(args):
+        return
+    print_table(rows, f'{args.device}, batch {_latency_batch(args)}')
+    path = Path(args.output) if len(args.budget) == 1 else Path(args.output) / args.budget[0].replace('=', '-')
+    base = load_spec(path).architecture.removesuffix(SUFFIX)
     ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
-    print(f"\nThe found model: {ready}; timm.create_model('local-dir:{args.output}', pretrained=True)")
+    trained = ', pretrained=True' if args.epochs or args.pretrained else ''
+    print(f"\nThe found model: {ready}; timm.create_model('local-dir:{path}'{trained})")

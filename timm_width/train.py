@@ -14,9 +14,10 @@ from typing import Optional
 from timm.models import save_for_hf
 from timm.utils import random_seed, update_summary
 
+from .arguments import Parser, add_arguments, check_arguments, check_output, write_args
 from .config import SUFFIX, load_spec, save
 from .data import DEFAULTS, View, loader, open_splits
-from .engine import Parser, add_arguments, check_arguments, create, data_config, fit, top1, write_args
+from .engine import Training, create, data_config, top1
 
 __all__ = ['main', 'train']
 
@@ -30,6 +31,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> Namespace:
     known, _ = first.parse_known_args(argv)
     parser = Parser(prog='timm-width train', description=__doc__)
     add_arguments(parser)
+    parser.add_argument('--output', required=True, metavar='FOLDER', help='new or empty folder for the results')
+    parser.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
     parser.set_defaults(**DEFAULTS.get(known.dataset, {}))
     return parser.parse_args(argv)
 
@@ -41,6 +44,7 @@ def train(args: Namespace) -> float:
         Top-1 accuracy on the validation images after the last epoch.
     """
     check_arguments(args)
+    check_output(Path(args.output), args.overwrite, args.model)
     splits = open_splits(args)
     random_seed(args.seed)
     model = create(args.model, args.num_classes, args.pretrained)
@@ -55,14 +59,13 @@ def train(args: Namespace) -> float:
     write_args(args, output)
     accuracy = 0.
 
-    def after_epoch(epoch: int, loss: float, lr: float) -> None:
+    def after_epoch(training: Training, loss: float, lr: float) -> None:
         nonlocal accuracy
-        accuracy = top1(model, validation, args)
-        model.train()
+        accuracy, epoch = top1(training.result, validation, args), training.epoch - 1
         update_summary(epoch, {'loss': loss}, {'top1': accuracy}, output / 'summary.csv', lr=lr)
         print(f'epoch {epoch}: loss {loss:.4f}, top-1 {accuracy:.2f} %', flush=True)
 
-    fit(model, batches, args, args.epochs, args.model, after_epoch)
+    model = Training(model, batches, args, args.epochs, args.model).run(after_epoch=after_epoch)
     if model.pretrained_cfg['architecture'].endswith(SUFFIX):
         source, _, path = args.model.partition(':')
         save(model, output, load_spec(path).provenance if source == 'local-dir' else None)

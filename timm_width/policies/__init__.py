@@ -1,15 +1,25 @@
-"""Policies by name. A package adds its own by the entry-point group `timm_width.policies`; nothing here lists them."""
+"""Policies by name, or from a file.
+
+A package adds its own by the entry-point group `timm_width.policies`; nothing here lists them.
+"""
 import dataclasses
 import pkgutil
+import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, get_type_hints
 
 from ..space import nearest
-from .base import Choice, Policy, PolicyError
+from .base import Choice, Evaluate, Policy, PolicyError, Score, Step, option
 
-__all__ = ['Choice', 'Policy', 'PolicyError', 'add_options', 'load', 'names', 'read_options']
+__all__ = [
+    'Choice', 'Evaluate', 'Policy', 'PolicyError', 'Score', 'Step', 'add_options', 'label', 'load', 'names', 'option',
+    'read_options',
+]
 
 GROUP = 'timm_width.policies'
 
@@ -24,21 +34,46 @@ def _files() -> set[str]:
 
 
 def load(name: str) -> type[Policy]:
-    """Imports the policy of that name.
+    """Imports the policy of that name, or the one that a file 'FOLDER/NAME.py' defines.
 
     Raises:
-        PolicyError: There is none, or its package cannot be imported.
+        PolicyError: There is none, or it cannot be imported.
     """
+    if name.endswith('.py'):
+        return _defined_in(_import_file(name), name)
     for entry in entry_points(group=GROUP, name=name):
         try:
             return entry.load()
         except (ImportError, AttributeError) as e:
             raise PolicyError(f"policy '{name}' ({entry.value}) cannot be imported: {e}") from e
     if name not in _files():
-        raise PolicyError(f"unknown policy '{name}'{nearest(name, names())}; there are {', '.join(names())}")
-    module = import_module(f'{__name__}.{name}')
-    return next(v for v in vars(module).values()
-                if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == module.__name__)
+        raise PolicyError(f"unknown policy '{name}'{nearest(name, names())}; there are {', '.join(names())}, or a file NAME.py")
+    return _defined_in(import_module(f'{__name__}.{name}'), name)
+
+
+def label(name: str) -> str:
+    """What a policy is called in flags, files and tables: its name, or that of its file."""
+    return Path(name).stem if name.endswith('.py') else name
+
+
+def _import_file(path: str) -> ModuleType:
+    spec = spec_from_file_location(f'{__name__}._from_file_{label(path)}', path)
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise PolicyError(f"--policy '{path}': there is no such file") from None
+    except Exception as e:  # it is the user's own code: anything can happen, and its line is what helps
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        raise PolicyError(f"--policy '{path}' cannot be imported: {type(e).__name__}: {e} ({where.filename}:{where.lineno})") from e
+    return module
+
+
+def _defined_in(module: ModuleType, name: str) -> type[Policy]:
+    found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == module.__name__]
+    if len(found) != 1:
+        raise PolicyError(f"--policy '{name}' defines {len(found)} subclasses of timm_width.policies.Policy: one is needed")
+    return found[0]
 
 
 def add_options(parser: ArgumentParser, name: str, policy: type[Policy]) -> None:

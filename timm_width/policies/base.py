@@ -1,15 +1,25 @@
-"""What every policy is: an object that chooses widths within a budget, and knows neither data nor models."""
+"""What every policy is: an object that learns, on one model, which widths to choose within budgets.
+
+A policy knows a width space, costs, a grid of widths and, one batch at a time, a `Step`. It knows neither data nor engine, and
+builds nothing from timm: that is what makes a paper readable in one file.
+"""
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Optional, Protocol
+
+import numpy as np
+import torch
+from torch import nn
 
 from ..cost import Budget
 from ..space import WidthSpace
+from ..supernet import Supernet
 
-__all__ = ['Choice', 'Evaluate', 'Grid', 'Policy', 'PolicyError', 'fill_budget', 'option', 'uniform_widths']
+__all__ = ['Choice', 'Evaluate', 'Grid', 'Policy', 'PolicyError', 'Score', 'Step', 'fill_budget', 'option',
+           'random_widths', 'uniform_widths']
 
 Grid = Mapping[str, Sequence[int]]  # group -> the widths that may be chosen, ascending
 BISECTIONS = 40  # halvings of the factor: far below the distance of any two grid points
@@ -20,15 +30,76 @@ class PolicyError(ValueError):
 
 
 class Choice(NamedTuple):
-    """What a policy answers with."""
+    """A network: what a policy answers with."""
     widths: Mapping[str, int]
     skips: tuple[str, ...] = ()
 
 
-class Evaluate(Protocol):
-    """Scores a network on the holdout, higher is better: it is trained briefly, from scratch, always under the same seed."""
+class Score(NamedTuple):
+    """How well a network does on the holdout: top-1 accuracy in percent, and mean cross-entropy."""
+    top1: float
+    loss: float
 
-    def __call__(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> float: ...
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better: by accuracy, and where that is the same, by the loss."""
+        return self.top1, -self.loss
+
+
+class Evaluate(Protocol):
+    """Scores networks on the holdout, which no training step has seen."""
+
+    def __call__(
+            self,
+            widths: Mapping[str, int],
+            skips: Sequence[str] = (),
+            batches: Optional[int] = None,
+            statistics: str = 'batch',
+    ) -> Score:
+        """The trained shared network at widths.
+
+        Args:
+            widths: Group -> channels.
+            skips: Residual blocks to leave out.
+            batches: Number of batches of the holdout, always the same ones; by default all.
+            statistics: Of batch norms: 'batch' (of the images being scored), 'recalibrated' (estimated for these widths on
+                training images) or 'running' (whatever training left).
+        """
+
+    def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
+        """A network of its own: built at these widths and trained briefly, from scratch, always under the same seed."""
+
+
+class Step(Protocol):
+    """One batch of the shared network's training. The engine steps the optimiser after `train_step` returns.
+
+    Attributes:
+        images: (N, C, H, W).
+        targets: Class of each image, or (N, classes) under mixup.
+        epoch: From 0.
+        update: Number of optimiser steps so far.
+        progress: Share of all updates that is done, from 0 to below 1.
+        rng: For all that the policy draws. Seeded by the run's seed and the update: the same on every process, for every
+            batch that one update accumulates, and after a resume.
+    """
+    images: torch.Tensor
+    targets: torch.Tensor
+    epoch: int
+    update: int
+    progress: float
+    rng: np.random.Generator
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs the network on the images; for a Supernet, `forward(widths, gates=..., skips=...)`."""
+
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """The training loss against the targets (label smoothing, mixup and so on as the flags say)."""
+
+    def distill(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy against the softmax of a teacher's logits, through which no gradient flows."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds a loss's gradients to those of this update; may be called several times."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -39,33 +110,89 @@ def option(default: Any, help: str) -> Any:
 class Policy(ABC):
     """One way to choose widths, one paper: the docstring of a subclass cites it and says what differs.
 
-    This first form knows policies that train every candidate by itself. Policies that train a shared network step by step, and
-    the state that resumes them, are still to come.
+    The engine calls `prepare` once, `train_step` for every batch and `epoch_end` after every epoch, if the class has a
+    `train_step` of its own; then `choose`. A search that is killed goes on from the last epoch, with `load_state_dict`;
+    within `choose`, scores known already are not computed again, so `choose` must ask for them in an order that only the
+    seed and earlier scores decide.
 
     Args:
-        space: The width space of the model.
-        budget: What the answer must meet.
-        grid: Group -> widths to choose from, ascending; the smallest of all meet the budget. Groups left out keep their base.
+        space: The width space of the model, at its base widths.
+        budgets: What the answers must meet, one answer each.
+        grid: Group -> widths to choose from, ascending; the smallest of all meet every budget. Groups left out keep their base.
         options: An instance of the class's `Options`.
-        seed: Seed of all that is drawn.
+        seed: Seed of what is drawn outside `train_step`.
+
+    Attributes:
+        default_grid: What `--grid` is where it is not given.
+        search_epochs: What `--search-epochs` is where it is not given.
+        mixup: Whether images and targets may be mixed.
     """
+
+    default_grid: str = 'multiples'
+    search_epochs: int = 50
+    mixup: bool = True
 
     @dataclass(frozen=True)
     class Options:
-        """Fields with defaults; each becomes a flag `--<policy>.<field>`."""
+        """Fields with defaults; each becomes a flag `--<policy>.<field>`. `__post_init__` raises PolicyError on bad ones."""
 
-    def __init__(self, space: WidthSpace, budget: Budget, grid: Grid, options: Any = None, seed: int = 0):
-        self.space, self.budget, self.grid, self.seed = space, budget, grid, seed
+    def __init__(
+            self,
+            space: WidthSpace,
+            budgets: Sequence[Budget],
+            grid: Grid,
+            options: Any = None,
+            seed: int = 0,
+    ):
+        self.space, self.budgets, self.grid, self.seed = space, tuple(budgets), grid, seed
         self.options = self.Options() if options is None else options
+        self.largest = {name: widths[-1] for name, widths in grid.items()}
+        self.smallest = {name: widths[0] for name, widths in grid.items()}
+
+    def prepare(self, model: nn.Module, space: WidthSpace) -> nn.Module:
+        """Makes the network to train.
+
+        Args:
+            model: The model at the grid's largest widths.
+            space: The width space traced from it; its groups have the names of `self.space`.
+        """
+        return Supernet(model, space)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the policy's own, which the engine's optimiser trains along with the weights, without weight decay."""
+        return ()
+
+    def train_step(self, step: Step) -> None:  # noqa: B027
+        """Learns from one batch. A policy without a step of its own has no shared network."""
+
+    def epoch_end(self, epoch: int) -> None:  # noqa: B027
+        """Called after each epoch."""
 
     @property
     def evaluations(self) -> int:
-        """How often `choose` will call `evaluate`, at most: for the progress bar."""
+        """About how often `choose` will ask for a score: for the progress bar."""
         return 0
 
     @abstractmethod
-    def choose(self, evaluate: Evaluate) -> Choice:
-        """Returns the answer, which meets the budget and lies on the grid."""
+    def choose(self, evaluate: Evaluate) -> Sequence[Choice]:
+        """Returns one network per budget, in their order; each meets its budget and lies on the grid."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training has taught the policy beside the network's weights: tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Goes on from where `state_dict` was taken."""
+
+    @classmethod
+    def trains(cls) -> bool:
+        """Whether it has a shared network to train."""
+        return cls.train_step is not Policy.train_step
+
+
+def random_widths(grid: Grid, rng: np.random.Generator) -> dict[str, int]:
+    """Draws a width for every group, each entry of its grid equally likely."""
+    return {name: widths[rng.integers(len(widths))] for name, widths in grid.items()}
 
 
 def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[str, float]) -> dict[str, int]:

@@ -1,0 +1,159 @@
+"""Scores for a policy: of the shared network at widths, and of networks trained briefly by themselves, on the holdout."""
+import itertools
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from timm.utils import distribute_bn
+from torch import distributed, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .engine import batch_statistics, is_primary, score
+from .policies.base import Choice, PolicyError, Score
+from .supernet import recalibrate
+
+__all__ = ['Holdout', 'Journal']
+
+CALIBRATION = 5  # batches: AutoSlim's bn_cal_batch_num
+KEPT_BYTES = 2 << 30  # a holdout of at most this is decoded once
+
+
+class Journal:
+    """Results that are known already, one line of JSON each: what a run that was killed need not do again.
+
+    Args:
+        path: The file.
+        args: Says which process this is; only the first one writes.
+    """
+
+    def __init__(self, path: Path, args: Namespace):
+        self.path, self.primary = path, is_primary(args)
+        self.known: dict[str, Any] = {}
+        if self.primary and path.is_file():
+            whole = 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b'\n'):  # a kill cut it
+                    os.truncate(path, whole)
+                    break
+                whole += len(line)
+                key, value = json.loads(line)
+                self.known[key] = value
+        if getattr(args, 'world_size', 1) > 1:
+            box = [self.known]
+            distributed.broadcast_object_list(box)
+            self.known = box[0]
+
+    def recall(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The result of that key, computed and written down if it is not known.
+
+        Args:
+            key: Anything that JSON holds.
+            compute: Gives a result that JSON holds.
+        """
+        name = json.dumps(key, sort_keys=True)
+        if name not in self.known:
+            self.known[name] = compute()
+            if self.primary:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open('a') as file:
+                    file.write(json.dumps([name, self.known[name]]) + '\n')
+        return self.known[name]
+
+
+class Holdout:
+    """What `Policy.choose` is given (see `policies.base.Evaluate`).
+
+    Args:
+        args: The flags.
+        network: The trained shared network, if the policy has one.
+        training: Training batches, for the statistics of batch norms.
+        batches: The holdout.
+        train: Trains a network of its own at some widths.
+        journal: Scores known already.
+        bar: Progress bar, which moves with every score.
+    """
+
+    def __init__(
+            self,
+            args: Namespace,
+            network: Optional[nn.Module],
+            training: DataLoader,
+            batches: DataLoader,
+            train: Callable[[Choice], nn.Module],
+            journal: Journal,
+            bar: tqdm,
+    ):
+        self.args, self.network, self.training, self.batches = args, network, training, batches
+        self.train, self.journal, self.bar = train, journal, bar
+        self._kept: list = []
+        self._calibration: list = []
+
+    def __call__(
+            self,
+            widths: Mapping[str, int],
+            skips: Sequence[str] = (),
+            batches: Optional[int] = None,
+            statistics: str = 'batch',
+    ) -> Score:
+        if self.network is None:
+            raise PolicyError('a policy without a train_step has no shared network to evaluate: use evaluate.alone')
+        return self._recall(['shared', dict(widths), list(skips), batches, statistics],
+                            lambda: self._shared(widths, skips, batches, statistics))
+
+    def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
+        choice = Choice(dict(widths), tuple(skips))
+        return self._recall(['alone', choice.widths, list(choice.skips)],
+                            lambda: score(self.train(choice).eval(), self._holdout(None), self.args))
+
+    def _recall(self, key: list, compute: Callable[[], tuple[float, float]]) -> Score:
+        found = Score(*self.journal.recall(key, compute))
+        self.bar.set_postfix_str(f'top-1 {found.top1:.2f}', refresh=False)
+        self.bar.update()
+        return found
+
+    def _shared(
+            self,
+            widths: Mapping[str, int],
+            skips: Sequence[str],
+            batches: Optional[int],
+            statistics: str,
+    ) -> tuple[float, float]:
+        if statistics == 'batch':
+            with batch_statistics(self.network):
+                return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
+        self.network.eval()
+        if statistics == 'running':
+            return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
+        if statistics != 'recalibrated':
+            raise PolicyError(f"statistics must be batch, recalibrated or running, not '{statistics}'")
+        before = {name: b.clone() for name, b in self.network.named_buffers()}
+        if not self._calibration:
+            self._calibration = list(itertools.islice(self.training, CALIBRATION))
+        try:
+            recalibrate(self.network, self._calibration, CALIBRATION, widths, self.args.device, skips)
+            if getattr(self.args, 'world_size', 1) > 1:
+                distribute_bn(self.network, self.args.world_size, reduce=True)
+            return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
+        finally:
+            with torch.no_grad():
+                for name, b in self.network.named_buffers():
+                    b.copy_(before[name])
+
+    def _holdout(self, batches: Optional[int]) -> Any:
+        """The first batches of the holdout, or all; decoded once if they are not too many."""
+        loader = self.batches
+        wanted = len(loader) if batches is None else min(batches, len(loader))
+        if len(self._kept) >= wanted:
+            return self._kept[:wanted]
+        found = itertools.islice(loader, wanted)
+        first = next(found)
+        found = itertools.chain([first], found)
+        if wanted * first[0].nbytes > KEPT_BYTES:
+            return found
+        self._kept = list(found)
+        return self._kept

@@ -1,0 +1,1 @@
+"""Measured latency: so far, of torch on this machine."""

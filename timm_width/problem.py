@@ -1,0 +1,162 @@
+"""What a search works on: the images, the model's width space, the grid and the budgets; and the cheaper proxy it may learn on."""
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import numpy as np
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .cost import Budget, Macs, Params
+from .data import UsageError, View, loader, open_splits, shrink, split_holdout
+from .engine import create, data_config
+from .grids import make_grid, squeezes
+from .models import register
+from .policies.base import Choice, Grid
+from .resize import resize
+from .space import WidthSpace
+from .trace import trace
+
+__all__ = ['Problem', 'Proxy', 'learning_problem', 'make_problem', 'parse_proxy']
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """How a search is made cheaper than the training that follows: smaller images, fewer of them, of fewer classes."""
+    resolution: Optional[int] = None
+    data: float = 1.
+    classes: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched, or what a policy learns on.
+
+    Attributes:
+        args: The flags.
+        train: Images to train on.
+        held: Images that training never sees: the validation images, or while a policy learns, its holdout.
+        targets: Class of every image of the training split.
+        space: The width space at these image sizes.
+        grid: Group -> widths to choose from.
+        budgets: What the answers must meet.
+        config: timm's data config of the model.
+    """
+    args: Namespace
+    train: View
+    held: View
+    targets: np.ndarray
+    space: WidthSpace
+    grid: Grid
+    budgets: tuple[Budget, ...]
+    config: Mapping[str, Any]
+
+    def model(self, choice: Choice, seed: int) -> nn.Module:
+        """The model at some widths; the same seed gives the same initial weights."""
+        random_seed(seed)
+        return resize(base_model(self.args), self.space, *choice)
+
+    def largest(self, seed: int) -> tuple[nn.Module, WidthSpace]:
+        """The model at the grid's largest widths, from which all others are cut, and its own width space."""
+        model = self.model(Choice({name: widths[-1] for name, widths in self.grid.items()}), seed)
+        return model, trace(model, self.space.input_size)
+
+    def training_batches(self) -> DataLoader:
+        return loader(self.train, self.args, self.config, training=True)
+
+    def held_batches(self) -> DataLoader:
+        return loader(self.held, self.args, self.config, training=False)
+
+    def costs(self, choice: Choice) -> dict[str, int]:
+        return {'macs': Macs(self.space)(*choice), 'params': Params(self.space)(*choice)}
+
+
+def base_model(args: Namespace) -> nn.Module:
+    """The model that the flags ask for."""
+    wanted = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, 'global_pool': args.gp}
+    return create(args.model, args.num_classes, args.pretrained, **{k: v for k, v in wanted.items() if v}, **args.model_kwargs)
+
+
+def parse_proxy(text: str) -> Proxy:
+    """Reads 'resolution=96,data=0.1,classes=100', any of them.
+
+    Raises:
+        UsageError: With what would be right.
+    """
+    wrong = UsageError(f"--proxy '{text}' is not a proxy: give any of resolution=PIXELS, data=SHARE (above 0, to 1), "
+                       'classes=NUMBER (2 or more), with commas between them')
+    given: dict[str, Any] = {}
+    for part in text.split(',') if text else ():
+        name, _, value = part.strip().partition('=')
+        try:
+            given[name] = {'resolution': int, 'data': float, 'classes': int}[name](value)
+        except (KeyError, ValueError):
+            raise wrong from None
+    proxy = Proxy(**given)
+    if not 0 < proxy.data <= 1 or (proxy.resolution or 1) < 1 or (proxy.classes or 2) < 2:
+        raise wrong
+    return proxy
+
+
+def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem]:
+    """Opens the images, builds and traces the model, and checks that the budgets can be met, before anything is trained.
+
+    Args:
+        args: The flags.
+        rules: Policy -> the grid that it searches where --grid does not say.
+
+    Returns:
+        Policy -> its problem; they differ by their grids alone.
+
+    Raises:
+        UsageError: A flag, the images or the model cannot be worked with.
+        BudgetError: A budget cannot be read or met.
+    """
+    splits = open_splits(args)
+    random_seed(args.seed)
+    model = base_model(args)
+    config = data_config(args, model)
+    space = trace(model, config['input_size'])
+    fixed = () if args.search_se else squeezes(model, space)
+    grids = {policy: make_grid(space, args.grid or rule, args.width_min, args.width_max, args.width_divisor, args.fix, fixed)
+             for policy, rule in rules.items()}
+    register(space.architecture)  # what is saved must have a name that timm can build
+    budgets = tuple(Budget.parse(text, space) for text in args.budget)
+    for budget in budgets:
+        for grid in grids.values():
+            budget.check_feasible({name: w[0] for name, w in grid.items()}, {name: w[-1] for name, w in grid.items()})
+    return {policy: Problem(args, View(splits.train), View(splits.validation), splits.targets, space, grid, budgets, config)
+            for policy, grid in grids.items()}
+
+
+def learning_problem(problem: Problem) -> Problem:
+    """The problem on which a policy learns: without the validation images, and as small as --proxy says.
+
+    Raises:
+        UsageError: Nothing is left to train on or to hold out.
+    """
+    args, targets = problem.args, problem.targets
+    proxy = parse_proxy(args.proxy)
+    kept, held = split_holdout(targets, args.search_holdout, args.seed)
+    if not len(held) or not len(kept):
+        raise UsageError(f'--search-holdout {args.search_holdout:g} of {len(targets)} training images leaves nothing: '
+                         'every class needs two or more')
+    held = np.random.default_rng(args.seed).permutation(held)  # so that its first batches are of all classes
+    if proxy == Proxy():
+        return replace(problem, train=View(problem.train.images, kept), held=View(problem.train.images, held))
+    present = np.unique(targets)
+    if (proxy.classes or 0) > len(present):
+        raise UsageError(f'--proxy classes={proxy.classes} is more than the {len(present)} classes of the images')
+    classes = present if proxy.classes is None else np.sort(np.random.default_rng(args.seed).permutation(present)[:proxy.classes])
+    names = None if proxy.classes is None else {int(c): i for i, c in enumerate(classes)}
+    kept = shrink(targets, kept, proxy.data, classes, args.seed)
+    held = held[np.isin(targets[held], classes)]
+    smaller = Namespace(**vars(args))
+    smaller.img_size, smaller.num_classes = proxy.resolution or args.img_size, proxy.classes or args.num_classes
+    model = base_model(smaller)
+    config = data_config(smaller, model)
+    return replace(
+        problem, args=smaller, train=View(problem.train.images, kept, names), held=View(problem.train.images, held, names),
+        space=trace(model, config['input_size']), config=config)

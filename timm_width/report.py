@@ -1,0 +1,39 @@
+"""The final table of a search."""
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ['print_table', 'write_table']
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes rows as CSV, beside and then over what is there."""
+    beside = path.with_name(f'.{path.name}.saving')
+    with beside.open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[-1]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Prints rows; a cost is followed by its share of the first row's.
+
+    Args:
+        rows: What `write_table` takes.
+        where: What the latency was measured on.
+    """
+    base = rows[0]
+    several = len({row['budget'] for row in rows} - {''}) > 1
+    names = [f"{r['network']} {r['budget']}" if several and r['budget'] else r['network'] for r in rows]
+    wide = max(10, *(len(name) + 2 for name in names))
+    trained = 'top1' in base
+    print(f"\n{'network':<{wide}}{'MACs':>18}{'params':>18}{'ms per image':>20}{'top-1 %' if trained else '':>16}")
+    for name, r in zip(names, rows):
+        macs, params = (f'{r[c] / 1e6:.2f}M {r[c] / base[c]:6.1%}' for c in ('macs', 'params'))
+        ms = f"{r['latency_ms']:.3f} {r['latency_ms'] / base['latency_ms']:6.1%}"
+        spread = f" ± {r['top1_std']:.2f}" if r.get('top1_std', '') != '' else ''
+        print(f'{name:<{wide}}{macs:>18}{params:>18}{ms:>20}' + (f"{r['top1']:.2f}{spread}".rjust(16) if trained else ''))
+    print(f'(ms measured here: {where})')
