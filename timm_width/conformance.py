@@ -1,0 +1,259 @@
+"""A test suite for policies, ours and anybody's: what every policy owes those who use it.
+
+    from timm_width.conformance import PolicyConformance
+
+    class TestMine(PolicyConformance):
+        policy = Mine
+
+In a file that pytest collects, this runs all of it on a small network and random images, and on a planted problem whose best
+answer is known. Each test states one law; override a class attribute to adapt it, and no test.
+"""
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from .arguments import Parser, add_arguments
+from .cost import Budget, Cost, Macs, Params
+from .engine import Training, batch_statistics
+from .policies.base import Choice, Policy, Score, fill_budget
+from .space import WidthSpace
+from .trace import trace
+
+__all__ = ['PlantedProblem', 'PolicyConformance']
+
+
+class _Net(nn.Module):
+    """A small residual net with batch norm: groups inside its blocks, one of them depthwise, and one that the additions tie."""
+
+    def __init__(self, blocks: int = 1):
+        super().__init__()
+        self.stem = _layer(3, 16, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(_layer(16, 32, 1), _layer(32, 32, 3, groups=32), nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16))
+            for _ in range(blocks))
+        self.last = nn.Sequential(_layer(16, 24, 3, stride=2), _layer(24, 24, 3))
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.last(x).mean((2, 3)))
+
+
+def _layer(inputs: int, outputs: int, kernel: int, **kwargs: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **kwargs)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class _Table(Cost):
+    """A cost that is no count: every term has a factor of its own, as a measured latency has."""
+
+    def __init__(self, space: WidthSpace):
+        sites = enumerate(space.sites)
+        super().__init__(space, 'ns', [(s.name, s.positions * (3 + 5 * i % 7), s.factors) for i, s in sites])
+
+
+class PlantedProblem:
+    """`evaluate` from a known function: each group gains by its width, with a worth of its own and diminishing returns.
+
+    The accuracy is 100 (1 - sum_g worth_g exp(-3 width_g / largest_g)) with worths that sum to 1, and the loss falls with it.
+    The best answer within a budget is found by enumerating the grid.
+    """
+
+    def __init__(self, grid: Mapping[str, Sequence[int]], seed: int = 0):
+        self.grid = grid
+        worth = np.random.default_rng(seed).dirichlet(np.full(len(grid), 0.5))
+        self.worth = dict(zip(grid, worth.tolist()))
+        self.asked = 0
+
+    def top1(self, widths: Mapping[str, int]) -> float:
+        return 100 * (1 - sum(w * np.exp(-3 * widths[g] / self.grid[g][-1]) for g, w in self.worth.items()))
+
+    def __call__(
+            self,
+            widths: Mapping[str, int],
+            skips: Sequence[str] = (),
+            batches: Optional[int] = None,
+            statistics: str = 'batch',
+    ) -> Score:
+        self.asked += 1
+        top1 = self.top1(widths)
+        return Score(top1, 5 - top1 / 25)
+
+    def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
+        return self(widths, skips)
+
+    def best(self, budget: Budget) -> float:
+        """The accuracy of the best network within a budget."""
+        names = list(self.grid)
+        choices = np.stack(np.meshgrid(*(np.arange(len(self.grid[n])) for n in names), indexing='ij'), -1).reshape(-1, len(names))
+        accuracy = sum(-100 * self.worth[n] * np.exp(-3 * np.array(self.grid[n])[choices[:, i]] / self.grid[n][-1])
+                       for i, n in enumerate(names))
+        for row in choices[np.argsort(-accuracy, kind='stable')]:
+            widths = {n: self.grid[n][k] for n, k in zip(names, row)}
+            if budget.met(widths):
+                return self.top1(widths)
+        raise ValueError('no network meets the budget')
+
+
+class PolicyConformance:
+    """The suite; a subclass names a policy.
+
+    Attributes:
+        policy: The class under test.
+        options: What its Options are given.
+        epochs: Length of the trainings.
+        regret: Points of accuracy that its answer to the planted problem may be below the best; None for a policy that asks for
+            no scores.
+        beats_random: Whether its answer must be better than the best of as many random networks as it asks scores of; if not,
+            better than their average is enough.
+    """
+
+    policy: type[Policy] = Policy
+    options: Mapping[str, Any] = {}
+    epochs: int = 2
+    regret: Optional[float] = 3.0
+    beats_random: bool = True
+
+    # -- what the tests work with ------------------------------------------------------------------------------
+
+    @staticmethod
+    def space(blocks: int = 1) -> WidthSpace:
+        return trace(_Net(blocks), (3, 16, 16))
+
+    @staticmethod
+    def grid(space: WidthSpace) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(range(4, g.size + 1, 4)) for name, g in space.searchable.items()}
+
+    def make(self, budgets: Sequence[Budget], seed: int = 0) -> Policy:
+        space = budgets[0].cost.space
+        return self.policy(space, budgets, self.grid(space), self.policy.Options(**self.options), seed)
+
+    @staticmethod
+    def arguments() -> Namespace:
+        parser = Parser()
+        add_arguments(parser)
+        return parser.parse_args(['-b', '8', '--device', 'cpu', '--lr', '0.05', '--warmup-epochs', '0'])
+
+    @staticmethod
+    def images(seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rng = torch.Generator().manual_seed(seed)
+        return [(torch.randn(8, 3, 16, 16, generator=rng), torch.randint(4, (8,), generator=rng)) for _ in range(4)]
+
+    def training(self, policy: Policy) -> Training:
+        torch.manual_seed(0)
+        model = _Net()
+        batches = torch.utils.data.DataLoader(self.images(), batch_size=None)
+        return Training(policy.prepare(model, trace(model, (3, 16, 16))), batches, self.arguments(), self.epochs,
+                        train_step=policy.train_step, parameters=list(policy.parameters()))
+
+    def answer(self, budgets: Sequence[Budget], seed: int = 0, cut: Optional[int] = None, tmp_path: Any = None) -> list[Choice]:
+        """Trains, if it does; and chooses by a network's scores. With `cut`, the training is killed after so many epochs."""
+        policy = self.make(budgets, seed)
+        if not policy.trains():
+            return list(policy.choose(PlantedProblem(self.grid(policy.space))))
+        training = self.training(policy)
+        if cut is not None:
+            class Killed(Exception):
+                pass
+
+            def kill(training: Training, loss: float, lr: float) -> None:
+                if training.epoch > cut:
+                    raise Killed
+
+            try:
+                training.run(tmp_path / 'x.pth.tar', after_epoch=kill, extra=policy)
+            except Killed:
+                policy = self.make(budgets, seed)
+                training = self.training(policy)
+        network = training.run(tmp_path / 'x.pth.tar' if tmp_path else None,
+                               after_epoch=lambda t, loss, lr: policy.epoch_end(t.epoch - 1), extra=policy)
+        return list(policy.choose(_OnImages(network, self.images(1))))
+
+    # -- laws --------------------------------------------------------------------------------------------------
+
+    def test_options_have_defaults_and_become_flags(self):
+        assert isinstance(self.policy.Options(), self.policy.Options)
+        assert self.policy.__doc__ and self.policy.search_epochs >= 1
+
+    def test_answers_meet_their_budgets_and_lie_on_the_grid(self):
+        space = self.space()
+        budgets = [Budget.parse(text, space) for text in ('macs=0.6x', 'macs=0.3x', 'params=0.5x')]
+        found = self.answer(budgets)
+        assert len(found) == len(budgets)
+        grid = self.grid(space)
+        for (widths, skips), budget in zip(found, budgets):
+            space.check(widths, skips)
+            assert budget.met(widths, skips) and all(widths[g] in grid[g] for g in grid)
+
+    def test_the_same_seed_gives_the_same_answer(self):
+        budgets = [Budget.parse('macs=0.5x', self.space())]
+        assert self.answer(budgets, seed=3) == self.answer(budgets, seed=3)
+
+    def test_a_resumed_search_gives_the_answer_of_the_unbroken_one(self, tmp_path):
+        budgets = [Budget.parse('macs=0.5x', self.space())]
+        assert self.answer(budgets, cut=1, tmp_path=tmp_path) == self.answer(budgets)
+
+    def test_it_works_with_any_cost(self):
+        space = self.space()
+        for cost in (Macs(space), Params(space), _Table(space)):
+            budget = Budget(cost, int(cost() * 0.5), 'half')
+            [(widths, skips)] = self.make([budget]).choose(PlantedProblem(self.grid(space)))
+            assert budget.met(widths, skips)
+
+    def test_planted_optimum_is_found_within_the_regret(self):
+        if self.regret is None:
+            return
+        space = self.space()
+        grid, budget = self.grid(space), Budget.parse('macs=0.5x', space)
+        for seed in range(5):
+            problem = PlantedProblem(grid, seed)
+            [(widths, _)] = self.make([budget], seed).choose(problem)
+            found, best = problem.top1(widths), problem.best(budget)
+            assert best - found <= self.regret, f'problem {seed}: {found:.2f}, the best is {best:.2f}'
+
+    def test_better_than_random_at_equal_evaluations(self):
+        """On average over planted problems of seven groups."""
+        if self.regret is None:
+            return
+        space = self.space(blocks=5)
+        grid, budget = self.grid(space), Budget.parse('macs=0.5x', space)
+        ahead = []
+        for seed in range(5):
+            problem = PlantedProblem(grid, seed)
+            [(widths, _)] = self.make([budget], seed).choose(problem)
+            rng = np.random.default_rng(seed)
+            drawn = (fill_budget(space, budget, grid, {n: rng.uniform(0.1, 1) for n in grid}) for _ in range(problem.asked))
+            chance = (max if self.beats_random else np.mean)([problem.top1(w) for w in drawn])
+            ahead.append(problem.top1(widths) - chance)
+        assert np.mean(ahead) > 0, f'ahead by {np.round(ahead, 2)}'
+
+
+class _OnImages:
+    """`evaluate` on images in memory."""
+
+    def __init__(self, network: nn.Module, images: Sequence[tuple[torch.Tensor, torch.Tensor]]):
+        self.network, self.images = network, images
+
+    def __call__(
+            self,
+            widths: Mapping[str, int],
+            skips: Sequence[str] = (),
+            batches: Optional[int] = None,
+            statistics: str = 'batch',
+    ) -> Score:
+        right = loss = 0.
+        with torch.no_grad(), batch_statistics(self.network):
+            for x, y in self.images[:batches]:
+                logits = self.network(x, widths, skips=skips)
+                right += (logits.argmax(1) == y).float().mean().item()
+                loss += nn.functional.cross_entropy(logits, y).item()
+        return Score(100 * right / len(self.images[:batches]), loss / len(self.images[:batches]))
+
+    def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
+        return self(widths, skips)
