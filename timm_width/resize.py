@@ -70,7 +70,8 @@ def resize(
         axes = space.tensors[name].axes if name in space.tensors else ()
         if not any(a is not None and any(kept[g] is not None or steps[g] != space.groups[g].steps for g, _ in a) for a in axes):
             return tensor
-        return _resized(tensor, [None if a is None else place(a) for a in axes], source and source.get(name))
+        drawn = space.tensors[name].is_param
+        return _resized(tensor, [None if a is None else place(a) for a in axes], source and source.get(name), drawn)
 
     with torch.no_grad():
         replace_tensors(model, cut)
@@ -95,7 +96,7 @@ def axis_places(space: WidthSpace, axis: Axis, kept: Sequence, steps: np.ndarray
     return np.concatenate(take), np.concatenate(put), new
 
 
-def _resized(tensor: torch.Tensor, places: list, fresh: Optional[torch.Tensor]) -> torch.Tensor:
+def _resized(tensor: torch.Tensor, places: list, fresh: Optional[torch.Tensor], drawn: bool) -> torch.Tensor:
     shape = [s if p is None else p[2] for s, p in zip(tensor.shape, places)]
     if tensor.is_meta:
         return tensor.new_empty(shape)
@@ -104,9 +105,13 @@ def _resized(tensor: torch.Tensor, places: list, fresh: Optional[torch.Tensor]) 
         if p is not None and len(p[0]) != out.shape[d] or p is not None and not (p[0] == np.arange(len(p[0]))).all():
             out = out.index_select(d, torch.as_tensor(p[0], device=tensor.device))
     if any(p is not None and p[2] > len(p[0]) for p in places):
-        # any element of the fresh tensor is as good a sample of the initialisation as any other
-        pool = (tensor if fresh is None else fresh).to(tensor).reshape(-1)
-        new = pool[torch.randint(len(pool), shape).to(pool.device)]
+        pool = (tensor if fresh is None else fresh).to(tensor)
+        if drawn:  # any element of a fresh parameter is as good a sample of the initialisation as any other
+            new = pool.reshape(-1)[torch.randint(pool.numel(), shape).to(pool.device)]
+        else:  # a buffer may have a pattern (a blurring filter): new channels are whole channels of the fresh one
+            new = pool
+            for d, s in enumerate(shape):
+                new = new.index_select(d, (torch.arange(s) % pool.shape[d]).to(pool.device))
         at = []
         for d, (s, p) in enumerate(zip(out.shape, places)):
             where = torch.arange(s) if p is None else torch.as_tensor(p[1])
