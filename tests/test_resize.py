@@ -622,7 +622,7 @@ def test_numpy_whole_numbers_are_widths():
 def test_grown_buffers_keep_their_pattern():
     """A blurring filter is the same for every channel, the new ones too."""
     model = timm.create_model('resnetblur18')
-    space = timm_width.trace(model)
-    timm_width.resize(model, space, space.scaled(1.5))
+    space = trace(model)
+    resize(model, space, space.scaled(1.5))
     filters = [m.filt for m in model.modules() if type(m).__name__ == 'BlurPool2d']
     assert filters and all((f == f[:1]).all() for f in filters)
