@@ -10,6 +10,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from .data import DEFAULTS, UsageError
+from .space import nearest
 
 __all__ = ['AMP_DTYPES', 'RANGES', 'Parser', 'add_arguments', 'check_arguments', 'check_output', 'write_args']
 
@@ -40,6 +41,9 @@ class Parser(ArgumentParser):
         super().__init__(formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str):
+        if message.startswith('unrecognized arguments: -'):
+            flag = message.split()[2]
+            message += nearest(flag, [s for a in self._actions for s in a.option_strings])
         raise UsageError(f'{message} (--help lists the flags)')
 
 

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +139,7 @@ def save(
         folder: Union[str, os.PathLike],
         provenance: Optional[Mapping[str, Any]] = None,
         weights: bool = True,
+        data_config: Optional[Mapping[str, Any]] = None,
 ) -> Path:
     """Writes config.json (and model.safetensors) into a folder that timm loads by `local-dir:` and pushes to the Hub.
 
@@ -148,6 +150,7 @@ def save(
         folder: Made if missing.
         provenance: How the widths were found; stored under 'timm_width'.
         weights: Whether to write the weights too.
+        data_config: timm's data config (input size, mean, crop, ...) that the weights were trained with; by default the model's.
 
     Returns:
         Path of the config.
@@ -179,6 +182,8 @@ def save(
     except (TypeError, ValueError) as e:
         raise ConfigError(f'the provenance cannot be written as JSON: {e}') from None
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"'{folder}' is a file: give a folder to save to")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -186,12 +191,14 @@ def save(
             old, model._model_args = model._model_args, args
             old_cfg, model.pretrained_cfg = model.pretrained_cfg, dict(model.pretrained_cfg, architecture=name)
             try:
-                save_config_for_hf(model, Path(beside) / 'config.json', model_config={'timm_width': provenance})
+                save_config_for_hf(model, Path(beside) / 'config.json', model_config={'timm_width': provenance},
+                                   data_config=None if data_config is None else dict(data_config))
             finally:
                 model._model_args, model.pretrained_cfg = old, old_cfg
             if weights:  # copies, since safetensors takes neither shared tensors nor any layout
                 tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
                 save_file(tensors, Path(beside) / 'model.safetensors', metadata={'format': 'pt'})
+                shutil.copymode(Path(beside) / 'config.json', Path(beside) / 'model.safetensors')  # safetensors says 0600
             for file in () if weights else ('model.safetensors', 'pytorch_model.bin'):  # weights of another model, now
                 (folder / file).unlink(missing_ok=True)
             for file in ('model.safetensors', 'config.json') if weights else ('config.json',):  # the config last
@@ -212,6 +219,8 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
     Raises:
         ConfigError: The file is missing, too large, not JSON, or says what this version does not know.
     """
+    if isinstance(path, str):
+        path = path.removeprefix('local-dir:')
     data, path = _read(path)
     name = data['architecture'][:200]
     if not name.endswith(SUFFIX):
@@ -283,4 +292,5 @@ def check_shapes(model: nn.Module, name: str, shapes: Optional[str]) -> None:
     if shapes is not None and (found := fingerprint(model)) != shapes:
         raise ConfigError(
             f'{name}: these widths give a model of other shapes here ({found}) than where the config was saved '
-            f'({shapes}); it was written by another version of timm or timm_width, or edited')
+            f'({shapes}): other widths= or skips= were given beside the config, or it was edited, or written by another version of '
+            'timm or timm_width')

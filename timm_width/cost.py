@@ -355,7 +355,8 @@ class Budget:
         cost = _COSTS[name](space)
         limit = math.floor(number * (cost() if found['suffix'] == 'x' else _SUFFIXES[found['suffix']]))
         if limit < 1:
-            raise BudgetError(f'{shown}: the limit is less than one of {cost.unit}; {_FORMS}')
+            raise BudgetError(f"{shown}: the limit is less than one of {cost.unit}; for a share of the base write "
+                              f"'{name}={value}x'")
         return cls(cost, limit, text.strip())
 
     def met(self, widths: Mapping[str, Width] = {}, skips: Sequence[str] = ()) -> bool:

@@ -179,7 +179,8 @@ def _read(args: Namespace, split: str, classes: Optional[dict[str, int]] = None)
     names = next((names for names in SYNONYMS if split in names), (split,))
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise UsageError(f"--data-dir '{root}' has no folder {names[0]}/: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
+        wanted = ' or '.join(f'{n}/' for n in names[:2])
+        raise UsageError(f"--data-dir '{root}' has no folder {wanted}: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
     try:
         return create_dataset('', root=str(folder), search_split=False, class_map=classes or args.class_map or None,
                               input_img_mode=args.input_img_mode or 'RGB')

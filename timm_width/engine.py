@@ -53,6 +53,8 @@ def create(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any)
     if source == 'local-dir' and not (Path(path) / 'config.json').is_file():
         raise UsageError(f"--model '{name}': '{path}' is not a folder with a config.json")
     base = name.partition('.')[0]
+    if not path and not timm.is_model(base) and (Path(name) / 'config.json').is_file():
+        raise UsageError(f"--model '{name}' is a folder: write local-dir:{name}")
     if not path and not timm.is_model(base):
         raise UsageError(f"unknown model '{name}'{nearest(base, timm.list_models())}")
     if source == 'local-dir':

@@ -79,7 +79,8 @@ def _shapes(source: Any) -> dict[str, tuple[int, ...]]:
         inside = [n for n in other if isinstance(source[n], Mapping)]
         hint = f' (did you mean its {inside[0]!r}?)' if inside else ''
         raise WidthError(f"not a state dict: {_listed(other) or 'it is empty'}{' are not tensors' if other else ''}{hint}")
-    return {n: tuple(t.shape) for n, t in source.items()}
+    wrapped = all(n.startswith('module.') for n in source)  # by DistributedDataParallel
+    return {n.removeprefix('module.') if wrapped else n: tuple(t.shape) for n, t in source.items()}
 
 
 def _listed(names: Sequence) -> str:

@@ -47,6 +47,7 @@ SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'see
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'sched_on_updates': True}
 BASE = 'base'
+BASELINES = [BASE, 'uniform']
 # what may be another when a search goes on: nothing that decides what the policy has learned so far
 FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'rank', 'local_rank',
         'validation_batch_size', 'pin_mem')
@@ -64,7 +65,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ('--policy', '--dataset', '--resume'):
         first.add_argument(flag)
-    first.add_argument('--baselines', nargs='+', default=[])
+    first.add_argument('--baselines', nargs='+', default=BASELINES)
     known, _ = first.parse_known_args(argv)
     earlier = _read_args(known.resume) if known.resume else {}
     known.policy, known.dataset = known.policy or earlier.get('policy'), known.dataset or earlier.get('dataset')
@@ -88,11 +89,12 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     group.add_argument('--fix', action='append', default=[], metavar='PATTERN',
                        help="groups that keep their width, as in 'conv_*'")
     group.add_argument('--search-se', action='store_true', help='search the squeezes of squeeze-excite, too')
-    group.add_argument('--baselines', nargs='+', default=[BASE, 'uniform'], metavar='NAME',
+    group.add_argument('--baselines', nargs='+', default=BASELINES, metavar='NAME',
                        help=f"what to set the found network beside: {BASE}, and any policies")
     group.add_argument('--seeds', type=int, default=1, metavar='N',
                        help='train every network of the table N times, and report mean and standard deviation')
     add_arguments(parser)
+    parser.add_argument('--no-sched-on-updates', dest='sched_on_updates', action='store_false', help='the opposite')
     group = parser.add_argument_group('output')
     group.add_argument('--output', required=not known.resume, metavar='FOLDER', help='new or empty folder for the results')
     group.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
@@ -103,8 +105,6 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
         if name and name != BASE:
             found[policies.label(name)] = policies.load(name)
             policies.add_options(parser, policies.label(name), found[policies.label(name)])
-    if 'uniform' not in found and not known.baselines:
-        found['uniform'] = policies.load('uniform')
     parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
     parser.set_defaults(**earlier)
     args = parser.parse_args(argv)
@@ -238,7 +238,8 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     if is_primary(args):
         for e in entries:
             if e.name == 'found' and not _is_saved(_folder(args, e), e.choice):
-                save(problem.model(e.choice, args.seed), _folder(args, e), provenance[e.budget.text], weights=args.pretrained)
+                network = problem.model(e.choice, args.seed)
+                save(network, _folder(args, e), provenance[e.budget.text], args.pretrained, problem.config)
     if args.epochs:
         _train_all(problem, entries, rows, provenance)
     if is_primary(args):
@@ -316,12 +317,13 @@ def _train_all(
         title = f"{entry.name}{f' ({entry.budget.text})' if entry.budget else ''}, seed {seed}"
         _say(args, f'training {title}, for {args.epochs} epochs')
         checkpoint = state / f"{title.replace(' ', '-')}-{args.epochs}.pth.tar"
-        result = Training(problem.model(entry.choice, seed), training, args, args.epochs, title, seed=seed).run(
+        warmup = min(args.warmup_epochs, args.epochs / 5)
+        result = Training(problem.model(entry.choice, seed), training, args, args.epochs, title, warmup, seed=seed).run(
             checkpoint, _after_epoch(args, title))
         found = top1(result, validation, args)
         if is_primary(args):
             if entry.name == 'found' and seed == args.seed:
-                save(result, _folder(args, entry), provenance[entry.budget.text])
+                save(result, _folder(args, entry), provenance[entry.budget.text], data_config=problem.config)
             checkpoint.unlink(missing_ok=True)
         return found
 

@@ -10,7 +10,7 @@ import math
 import numbers
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Iterable, Mapping, Optional, Sequence, Union
+from typing import Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -153,6 +153,16 @@ class WidthSpace:
             raise WidthError(f"unknown group '{name}'{nearest(name, self.index)}")
         return self.groups[self.index[name]]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.index
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all groups."""
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
     # -- widths ------------------------------------------------------------------------------------------------
 
     def faults(self, widths: Widths, skips: Sequence[str] = ()) -> list[str]:
@@ -163,7 +173,7 @@ class WidthSpace:
         found = []
         for name, width in widths.items():
             if not isinstance(name, str) or name not in self.index:
-                found.append(f"unknown group {str(name)[:80]!r}{nearest(name, self.searchable)}")
+                found.append(f"unknown group {str(name)[:80]!r}{self._hint(name)}")
                 continue
             group = self[name]
             if isinstance(width, bool) or not isinstance(width, numbers.Integral):
@@ -185,6 +195,13 @@ class WidthSpace:
             if not isinstance(name, str) or name not in known:
                 found.append(f"block {str(name)[:80]!r} cannot be skipped{nearest(name, known)}")
         return found
+
+    def _hint(self, name: object) -> str:
+        """For an unknown group: the one that a layer of that name belongs to, or the nearest name."""
+        axis = next((s.outputs for s in self.sites if s.name == name and s.outputs), ())
+        if axis:
+            return f": the channels of that layer are those of {' and '.join(repr(self.groups[g].name) for g, _ in axis[:4])}"
+        return nearest(name, self.searchable)
 
     def check(self, widths: Widths, skips: Sequence[str] = ()) -> None:
         """Raises WidthError with every fault of widths and skips at once."""

@@ -44,6 +44,8 @@ def trace(model: nn.Module, input_size: Optional[Sequence[int]] = None, deployed
     Returns:
         The space. Groups that cannot be resized are in it, frozen, with the reason.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TraceError(f'trace takes a model, as from timm.create_model, not {type(model).__name__} {str(model)[:40]!r}')
     size = _input_size(model, input_size)
     with torch.inference_mode():
         meta = meta_copy(model).eval()

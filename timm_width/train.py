@@ -48,6 +48,10 @@ def train(args: Namespace) -> float:
     splits = open_splits(args)
     random_seed(args.seed)
     model = create(args.model, args.num_classes, args.pretrained)
+    if args.model.startswith('local-dir:') and not args.pretrained:
+        print(f"training from random weights; --pretrained goes on from those in '{args.model.partition(':')[2]}'", flush=True)
+    if 0 < args.epochs <= args.warmup_epochs:
+        print(f'all {args.epochs} epochs are warm-up: --warmup-epochs is {args.warmup_epochs}', flush=True)
     config = data_config(args, model)
     batches = loader(View(splits.train), args, config, training=True)
     validation = loader(View(splits.validation), args, config, training=False)
@@ -68,9 +72,9 @@ def train(args: Namespace) -> float:
     model = Training(model, batches, args, args.epochs, args.model).run(after_epoch=after_epoch)
     if model.pretrained_cfg['architecture'].endswith(SUFFIX):
         source, _, path = args.model.partition(':')
-        save(model, output, load_spec(path).provenance if source == 'local-dir' else None)
+        save(model, output, load_spec(path).provenance if source == 'local-dir' else None, data_config=config)
     else:
-        save_for_hf(model, output, safe_serialization=True)
+        save_for_hf(model, output, safe_serialization=True, data_config=config)
     return accuracy
 
 

@@ -1,16 +1,16 @@
 """Times networks next to one another on this machine."""
 import platform
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 __all__ = ['describe_device', 'latencies']
 
-ROUNDS = 5
+ROUNDS = 15
 
 
 @torch.inference_mode()
@@ -19,7 +19,7 @@ def latencies(
         input_size: Sequence[int],
         batch: int = 1,
         device: str = 'cpu',
-        seconds: float = 0.2,
+        seconds: float = 0.05,
 ) -> dict[str, float]:
     """Milliseconds per image of each network in evaluation mode: the median of rounds in which all of them take turns.
 
@@ -28,19 +28,29 @@ def latencies(
         input_size: (channels, height, width).
         batch: Images per call.
         device: Where to run.
-        seconds: Least time for each network in each round.
+        seconds: About how long each network runs in each round.
     """
     images = torch.randn(batch, *input_size, device=device)
     calls = {}
     for name, network in networks.items():
         network.to(device).eval()
-        calls[name] = Timer('network(images)', globals={'network': network, 'images': images}, num_threads=torch.get_num_threads())
-        calls[name].timeit(2)
+        once = min(_seconds(network, images, 1) for _ in range(3))  # warm-up, too
+        calls[name] = max(int(seconds / once), 1)
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
-        for name, timer in calls.items():
-            rounds[name].append(timer.blocked_autorange(min_run_time=seconds).median)
+        for name, count in calls.items():
+            rounds[name].append(_seconds(networks[name], images, count) / count)
     return {name: 1000 * statistics.median(times) / batch for name, times in rounds.items()}
+
+
+def _seconds(network: nn.Module, images: torch.Tensor, count: int) -> float:
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(count):
+        network(images)
+    wait()
+    return time.perf_counter() - start
 
 
 def describe_device(device: str) -> dict[str, Any]:

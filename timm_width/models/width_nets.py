@@ -113,6 +113,8 @@ def _build(
     check_stored_args(name, kwargs.get('pretrained_model_args') or {})
     if importance is not None and importance not in IMPORTANCE:
         raise WidthError(f"{name}: importance must be one of {', '.join(IMPORTANCE)}, not {str(importance)[:40]!r}")
+    if importance is not None and not pretrained:
+        raise WidthError(f"{name}: importance='{importance}' ranks the channels of pretrained weights: it needs pretrained=True")
     for key in kwargs:
         if key in BUILDER_ARGS:  # of timm's builder: an entry point sets these, never a caller or a config
             raise ArgumentError(f"{name}: unknown argument '{key}'")
