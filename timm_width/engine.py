@@ -289,7 +289,7 @@ class Training:
         if not is_primary(self.args):
             return
         state = {
-            'epoch': self.epoch, 'updates': self.updates, 'epochs': self.epochs, 'seed': self.seed, 'random': everywhere,
+            'epoch': self.epoch, 'updates': self.updates, 'epochs': self.epochs, 'seed': self.seed, 'random_states': everywhere,
             'network': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
             'ema': None if self.ema is None else self.ema.module.state_dict(),
             'extra': None if extra is None else extra.state_dict()}
@@ -301,7 +301,7 @@ class Training:
     def _load(self, path: Path, extra: Optional[Any]) -> None:
         try:
             state = torch.load(path, map_location=self.args.device, weights_only=True)
-            if (state['epochs'], state['seed']) != (self.epochs, self.seed) or len(state['random']) != getattr(
+            if (state['epochs'], state['seed']) != (self.epochs, self.seed) or len(state['random_states']) != getattr(
                     self.args, 'world_size', 1):
                 raise ValueError('its length, seed or number of processes is another')
             self.network.load_state_dict(state['network'])
@@ -315,7 +315,7 @@ class Training:
             reason = (str(e).strip().splitlines() or [''])[0]
             raise UsageError(f"'{path}' is not a checkpoint of this training: {reason}; --overwrite starts anew") from e
         self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
-        _set_random_states(state['random'][getattr(self.args, 'rank', 0)])
+        _set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
 
 
 def make_optimizer(
