@@ -16,6 +16,7 @@ __all__ = ['main']
 COMMANDS = {  # name -> what --help says; the module of that name has main(argv)
     'search': 'find the widths of a timm model for a budget, train the result',
     'train': 'train a timm model, plain or searched',
+    'export': 'write a saved model as an ONNX file, checked against torch',
 }
 ERRORS = (UsageError, PolicyError, BudgetError, WidthError, TraceError)
 USAGE = 'usage: timm-width COMMAND ...\n\n' + '\n'.join(f'  {name:<8} {text}' for name, text in COMMANDS.items()) + (

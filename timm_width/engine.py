@@ -3,6 +3,7 @@
 Data, optimisers, schedules, losses, averages of weights and metrics are timm's. The loop is the same for a plain model and for a
 shared network that runs at many widths: what one batch does is a `train_step`, and a plain model's is `plain_step`.
 """
+import json
 import os
 import random
 from argparse import Namespace
@@ -14,6 +15,7 @@ from typing import Any, Iterator, Optional
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -25,8 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .arguments import AMP_DTYPES
-from .config import check_config
+from .config import SUFFIX, check_config
 from .data import UsageError, mixes
+from .models import register
 from .space import WidthError, nearest
 
 __all__ = [
@@ -37,7 +40,7 @@ __all__ = [
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
-def create(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create(name: str, num_classes: Optional[int], pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm.create_model whose failures are UsageErrors.
 
     Args:
@@ -59,21 +62,29 @@ def create(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any)
         raise UsageError(f"unknown model '{name}'{nearest(base, timm.list_models())}")
     if source == 'local-dir':
         check_config(path)
+        saved = json.loads((Path(path) / 'config.json').read_text(encoding='utf-8'))['architecture']
+        if saved.endswith(SUFFIX):
+            register(saved.removesuffix(SUFFIX))  # those outside the table of supported models, too
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except WidthError:
         raise
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, LookupError, AttributeError, ArithmeticError) as e:
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, LookupError, AttributeError, ArithmeticError,
+            SafetensorError) as e:
         # an unknown tag, no weights, no network, arguments that the model refuses in its own way
         reason = (str(e).strip().splitlines() or [''])[0]
         raise UsageError(f"model '{name}' cannot be built: {type(e).__name__}: {reason}") from e
-    if getattr(model, 'in_chans', 3) != 3:
-        raise UsageError(f"model '{name}' takes images of {model.in_chans} channels; the images here have 3")
     return model
 
 
 def data_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
-    """timm's data config (input size, mean, interpolation, ...) of a model under the flags."""
+    """timm's data config (input size, mean, interpolation, ...) of a model under the flags.
+
+    Raises:
+        UsageError: The model takes images of other than three channels.
+    """
+    if getattr(model, 'in_chans', 3) != 3:
+        raise UsageError(f"model '{args.model}' takes images of {model.in_chans} channels; the images here have 3")
     return resolve_data_config(vars(args), model=model)
 
 
