@@ -6,8 +6,8 @@ UV := $(shell command -v uv 2>/dev/null)
 
 .PHONY: demo test lint
 demo: $(VENV)/.installed-demo
-	$(BIN)/python search.py --model resnet10t --dataset digits --policy random --random.samples 12 --budget macs=0.5x \
-		--epochs 15 --output runs/demo --overwrite
+	$(BIN)/python search.py --model resnet10t --dataset digits --policy autoslim --budget macs=0.5x \
+		--search-epochs 15 --epochs 15 --output runs/demo --overwrite
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from ..space import nearest
-from .base import Choice, Evaluate, Policy, PolicyError, Score, Step, option
+from .base import Choice, Evaluate, Policy, PolicyError, Score, Step, fill_budget, option, random_widths, uniform_widths
 
 __all__ = [
-    'Choice', 'Evaluate', 'Policy', 'PolicyError', 'Score', 'Step', 'add_options', 'label', 'load', 'names', 'option',
-    'read_options',
+    'Choice', 'Evaluate', 'Policy', 'PolicyError', 'Score', 'Step', 'add_options', 'fill_budget', 'label', 'load', 'names',
+    'option', 'random_widths', 'read_options', 'uniform_widths',
 ]
 
 GROUP = 'timm_width.policies'
