@@ -1,5 +1,12 @@
 """The policies that ship here, by the suite that all policies are held to."""
-from timm_width import policies
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import timm_width
+from timm_width import cli, policies
 from timm_width.conformance import PolicyConformance
 
 
@@ -19,3 +26,47 @@ class TestAutoSlim(PolicyConformance):
     # greedy slimming weighs what a step costs in accuracy, never what it saves: with scores free of noise and few groups, the
     # best of as many random networks is 2.1 points ahead of it on these problems
     beats_random = False
+
+
+def readme_policy(folder: Path) -> Path:
+    """The file that the README shows."""
+    text = (Path(__file__).parents[1] / 'README.md').read_text()
+    code = next(block for block in re.findall(r'```python\n(.*?)```', text, re.S) if block.startswith('# one_shot.py'))
+    (folder / 'one_shot.py').write_text(code)
+    return folder / 'one_shot.py'
+
+
+class TestReadmePolicy(PolicyConformance):
+    policy = policies.load(str(readme_policy(Path(tempfile.mkdtemp()))))
+    regret = 6.
+    beats_random = False  # it is the best of as many
+
+
+def test_a_policy_in_a_file_of_the_users_own(tmp_path, capsys):
+    file = readme_policy(tmp_path)
+    assert cli.main(['search', '--policy', str(file), '--one_shot.samples', '3', '--model', 'test_resnet', '--dataset', 'digits',
+                     '--budget', 'macs=0.5x', '--search-epochs', '1', '--epochs', '0', '--device', 'cpu',
+                     '--output', str(tmp_path / 'x')]) == 0
+    said = timm_width.load_spec(tmp_path / 'x').provenance
+    assert said['policy'] == 'one_shot' and said['options'] == {'samples': 3}
+    assert 'found' in capsys.readouterr().out
+
+
+WRONG = {
+    'missing': (None, 'there is no such file'),
+    'broken': ('import nothing_of_that_name', "No module named 'nothing_of_that_name'"),
+    'empty': ('x = 1', 'defines 0 subclasses of timm_width.policies.Policy'),
+    'abstract': ('from timm_width.policies import Policy\nclass Mine(Policy):\n    pass', 'Mine has no choose'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_file_that_is_no_policy_is_refused(name, tmp_path, capsys):
+    code, says = WRONG[name]
+    if code is not None:
+        (tmp_path / 'mine.py').write_text(code)
+    assert cli.main(['search', '--policy', str(tmp_path / 'mine.py'), '--model', 'test_resnet', '--dataset', 'digits',
+                     '--budget', 'macs=0.5x', '--output', str(tmp_path / 'x')]) == 2
+    err = capsys.readouterr().err
+    assert says in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / 'x').exists()

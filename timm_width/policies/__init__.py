@@ -73,6 +73,8 @@ def _defined_in(module: ModuleType, name: str) -> type[Policy]:
     found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == module.__name__]
     if len(found) != 1:
         raise PolicyError(f"--policy '{name}' defines {len(found)} subclasses of timm_width.policies.Policy: one is needed")
+    if missing := ', '.join(sorted(found[0].__abstractmethods__)):
+        raise PolicyError(f"--policy '{name}': {found[0].__name__} has no {missing}")
     return found[0]
 
 
