@@ -182,6 +182,12 @@ def test_spread_shrinks_with_more_networks():
     assert 0.07 < spreads[0] < 0.25 and spreads[1] < spreads[0] / 2
 
 
+def test_effects_by_hand():
+    keys = [f'{a}{b}' for a in range(1, 5) for b in range(1, 5)]
+    y = np.array([3 * int(k[0]) - int(k[1]) for k in keys])
+    assert bench.effects(keys, y) == pytest.approx([3 / y.std(), -1 / y.std()])
+
+
 @needs_table
 def test_correlations_of_the_truth_and_of_macs(oracle):
     nets = bench.draw(oracle, 200, 42)

@@ -14,6 +14,7 @@ table's accuracy plus noise of the table's own standard deviation over trainings
 Taus are Kendall's tau-b. 'in band' counts only the pairs of networks that cost about the same: each one's MACs within 3 % of the
 other's. '±' is the standard deviation over 200 bootstrap draws of the networks. Rows in brackets are for comparison: random's
 networks scored by the supernet, greedy slimming by the truth, and the mean and the best of the table's networks at that cost.
+The last table says how much a level more at one position adds, in standard deviations: where the supernet and the truth differ.
 """
 import argparse
 import itertools
@@ -207,6 +208,13 @@ def correlations(oracle: Oracle, nets: Sequence[Mapping[str, int]], scores: Sequ
     return found
 
 
+def effects(keys: Sequence[str], y: Sequence[float]) -> list[float]:
+    """What one level more at each position of the keys adds to y, by least squares, in standard deviations of y."""
+    levels, y = np.array([[int(c) for c in key] for key in keys], dtype=float), np.asarray(y)
+    levels, y = levels - levels.mean(0), (y - y.mean()) / y.std()
+    return np.linalg.lstsq(levels, y, rcond=None)[0].tolist()
+
+
 # -- the search ------------------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +277,20 @@ def choices(oracle: Oracle, policies: Mapping[str, Policy], evaluate: Holdout, s
             yield row
 
 
-def print_results(ranks: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], full: int) -> None:
-    """Prints both tables."""
+def print_results(
+        ranks: Sequence[Mapping[str, Any]],
+        found: Sequence[Mapping[str, Any]],
+        full: int,
+        effect: Mapping[str, Sequence[float]],
+) -> None:
+    """Prints the tables.
+
+    Args:
+        ranks: Those of `correlations`.
+        found: Those of `choices`.
+        full: MACs of the full network.
+        effect: Predictor -> `effects`.
+    """
     every, near = f"all {ranks[0]['all_pairs']:,} pairs", f"{ranks[0]['band_pairs']:,} pairs in band"
     print(f"\n{'tau with the truth':<24}{every:>20}{near:>22}")
     for row in ranks:
@@ -281,6 +301,9 @@ def print_results(ranks: Sequence[Mapping[str, Any]], found: Sequence[Mapping[st
         for i, row in enumerate(rows):
             print(f"{'' if i else budget:<12}{row['network']:<26}{row['key']:<10}{100 * row['macs'] / full:>8.1f}{row['params']:>12,}"
                   f"{row['top1']:>9.3f}{row['regret']:>9.3f}   {row.get('note', '')}".rstrip())
+    print(f"\n{'effect of a level':<24}" + ''.join(f'{i:>7}' for i in range(len(POSITIONS))))
+    for name, values in effect.items():
+        print(f'{name:<24}' + ''.join(f'{v:>7.2f}' for v in values))
 
 
 def main() -> None:
@@ -313,12 +336,15 @@ def main() -> None:
     largest = evaluate(problem.space.base_widths)
     print(f"{said['train_images']} images of {own.resolution} pixels, {said['updates']} updates of {args.batch_size}; on "
           f"{said['holdout_images']} held out the full network has {largest.top1:.2f} % in the supernet")
-    print_results(ranks, found, oracle.table['4444444'][1])
+    rows = [{'key': oracle.key(w), 'top1': s.top1, 'loss': s.loss, 'truth': oracle.top1(w)} for w, s in zip(nets, scores)]
+    effect = {'truth': effects([row['key'] for row in rows], [row['truth'] for row in rows]),
+              'supernet, accuracy': effects([row['key'] for row in rows], [row['top1'] for row in rows])}
+    print_results(ranks, found, oracle.table['4444444'][1], effect)
     if own.json:
-        rows = [{'key': oracle.key(w), 'top1': s.top1, 'loss': s.loss, 'truth': oracle.top1(w)} for w, s in zip(nets, scores)]
         own.json.write_text(json.dumps({
             'command': argv, 'per_class': own.per_class, 'proxy': args.proxy, 'torch': torch.__version__, 'timm': timm.__version__,
-            'training': said, 'full_network': largest.top1, 'correlations': ranks, 'found': found, 'scores': rows}, indent=1))
+            'training': said, 'full_network': largest.top1, 'correlations': ranks, 'found': found, 'effects': effect,
+            'scores': rows}, indent=1))
 
 
 def draw(oracle: Oracle, number: int, seed: int) -> list[dict[str, int]]:
