@@ -129,7 +129,7 @@ def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
     try:
         if name in GRIDS:
             given = float(number) if number else GRIDS[name].number
-            if number and not (0 < given <= 1 if GRIDS[name].number < 1 else given >= 1 and given == int(given)):
+            if number and not (0 < given <= 1 if GRIDS[name].number < 1 else given >= 1 and given.is_integer()):
                 raise ValueError
             return GRIDS[name], given, None
         ratios = [float(r) for r in kind.split(',')]
