@@ -5,6 +5,7 @@ shared network that runs at many widths: what one batch does is a `train_step`, 
 """
 import json
 import os
+import pickle
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -184,6 +185,8 @@ class Training:
         self.args, self.batches, self.title, self.train_step = args, batches, title, train_step
         self.seed = args.seed if seed is None else seed
         random_seed(self.seed, getattr(args, 'rank', 0))
+        if hasattr(batches.sampler, 'set_epoch'):
+            batches.sampler.seed = self.seed  # of several processes: one order for all of them
         layout = {'memory_format': torch.channels_last} if args.channels_last else {}
         self.network = network.to(args.device, **layout)
         self.parameters = [*network.parameters(), *parameters]
@@ -248,8 +251,8 @@ class Training:
         network.train()
         if hasattr(self.batches.sampler, 'set_epoch'):
             self.batches.sampler.set_epoch(self.epoch)
-        if args.mixup_off_epoch and self.epoch >= args.mixup_off_epoch and self.mixing:
-            self.batches.mixup_enabled = False
+        if self.mixing:
+            self.batches.mixup_enabled = not args.mixup_off_epoch or self.epoch < args.mixup_off_epoch
         losses, lr, count = [], 0., len(self.batches)
         for i, (images, targets) in enumerate(self.batches):
             if args.channels_last:
@@ -269,8 +272,9 @@ class Training:
         if self.scheduler is not None:
             self.scheduler.step(self.epoch + 1)
         if getattr(args, 'world_size', 1) > 1:
-            distribute_bn(network, args.world_size, reduce=True)
-        return float(torch.stack(losses).mean()) if losses else 0., lr
+            for net in dict.fromkeys((network, self.result)):  # in this order in every process
+                distribute_bn(net, args.world_size, reduce=True)
+        return float(torch.stack(losses).float().mean()) if losses else 0., lr
 
     def _update(self) -> None:
         args = self.args
@@ -322,8 +326,8 @@ class Training:
                 self.ema.module.load_state_dict(state['ema'])
             if extra is not None:
                 extra.load_state_dict(state['extra'])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as e:
-            reason = (str(e).strip().splitlines() or [''])[0]
+        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as e:
+            reason = 'it is damaged' if isinstance(e, pickle.UnpicklingError) else (str(e).strip().splitlines() or [''])[0]
             raise UsageError(f"'{path}' is not a checkpoint of this training: {reason}; --overwrite starts anew") from e
         self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
         _set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
@@ -350,6 +354,8 @@ def make_optimizer(
     Raises:
         UsageError: There is no such optimiser or schedule, or it does not take these values.
     """
+    if args.sched == 'plateau':
+        raise UsageError('--sched plateau follows a validation accuracy, and there is none while this trains: give another')
     lr = args.lr
     if lr is None:  # as timm derives it
         adaptive = any(word in args.opt.lower() for word in ('ada', 'lamb'))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from timm.utils import distribute_bn
+from timm.utils import distribute_bn, random_seed
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -132,10 +132,9 @@ class Holdout:
         if statistics != 'recalibrated':
             raise PolicyError(f"statistics must be batch, recalibrated or running, not '{statistics}'")
         before = {name: b.clone() for name, b in self.network.named_buffers()}
-        if not self._calibration:
-            self._calibration = list(itertools.islice(self.training, CALIBRATION))
+        calibration = self._calibration_batches()
         try:
-            recalibrate(self.network, self._calibration, CALIBRATION, widths, self.args.device, skips)
+            recalibrate(self.network, calibration, CALIBRATION, widths, self.args.device, skips)
             if getattr(self.args, 'world_size', 1) > 1:
                 distribute_bn(self.network, self.args.world_size, reduce=True)
             return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
@@ -143,6 +142,16 @@ class Holdout:
             with torch.no_grad():
                 for name, b in self.network.named_buffers():
                     b.copy_(before[name])
+
+    def _calibration_batches(self) -> list:
+        """Training batches, the same however much was drawn before: a resumed search draws less."""
+        if not self._calibration:
+            random_seed(self.args.seed, getattr(self.args, 'rank', 0))
+            sampler = getattr(self.training, 'sampler', None)
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(0)
+            self._calibration = list(itertools.islice(self.training, CALIBRATION))
+        return self._calibration
 
     def _holdout(self, batches: Optional[int]) -> Any:
         """The first batches of the holdout, or all; decoded once if they are not too many."""
