@@ -34,7 +34,8 @@ from .models import register
 from .space import WidthError, nearest
 
 __all__ = [
-    'Step', 'Training', 'batch_statistics', 'create', 'data_config', 'is_primary', 'plain_step', 'score', 'start_processes', 'top1',
+    'Step', 'Training', 'batch_statistics', 'create', 'data_config', 'is_primary', 'make_optimizer', 'plain_step', 'score',
+    'start_processes', 'top1', 'wait_for_all',
 ]
 
 
@@ -100,6 +101,12 @@ def start_processes(args: Namespace) -> None:
 def is_primary(args: Namespace) -> bool:
     """Whether this process is the one that writes files."""
     return getattr(args, 'rank', 0) == 0
+
+
+def wait_for_all(args: Namespace) -> None:
+    """Returns when every process has come here."""
+    if getattr(args, 'world_size', 1) > 1:
+        distributed.barrier()
 
 
 def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -436,6 +443,8 @@ def score(network: nn.Module, batches: Iterable, args: Namespace, *call: Any, **
     if getattr(args, 'world_size', 1) > 1:
         distributed.all_reduce(total)
     right, loss, count = total.tolist()
+    if not count:
+        raise UsageError('there is no image to score')
     return 100 * right / count, loss / count
 
 

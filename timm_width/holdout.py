@@ -124,8 +124,9 @@ class Holdout:
             statistics: str,
     ) -> tuple[float, float]:
         if statistics == 'batch':
+            several = (batch for batch in self._holdout(batches) if len(batch[1]) > 1)  # one image has no statistics
             with batch_statistics(self.network):
-                return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
+                return score(self.network, several, self.args, widths, skips=skips)
         self.network.eval()
         if statistics == 'running':
             return score(self.network, self._holdout(batches), self.args, widths, skips=skips)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .cost import Budget, Macs, Params
 from .data import UsageError, View, loader, open_splits, shrink, split_holdout
-from .engine import create, data_config
+from .engine import create, data_config, make_optimizer
 from .grids import make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
@@ -95,7 +95,8 @@ def parse_proxy(text: str) -> Proxy:
         except (KeyError, ValueError):
             raise wrong from None
     proxy = Proxy(**given)
-    if not 0 < proxy.data <= 1 or (proxy.resolution or 1) < 1 or (proxy.classes or 2) < 2:
+    if not 0 < proxy.data <= 1 or (1 if proxy.resolution is None else proxy.resolution) < 1 or (
+            2 if proxy.classes is None else proxy.classes) < 2:
         raise wrong
     return proxy
 
@@ -118,6 +119,7 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
     random_seed(args.seed)
     model = base_model(args)
     config = data_config(args, model)
+    make_optimizer(model, args, max(args.epochs, 1), 1)  # refuses flags that are wrong, before anything is written
     space = trace(model, config['input_size'])
     fixed = () if args.search_se else squeezes(model, space)
     grids = {policy: make_grid(space, args.grid or rule, args.width_min, args.width_max, args.width_divisor, args.fix, fixed)

@@ -30,7 +30,7 @@ from .arguments import RANGES, Parser, add_arguments, check_arguments, check_out
 from .config import SUFFIX, load_spec, save
 from .cost import Budget
 from .data import DEFAULTS, UsageError, mixes
-from .engine import Training, is_primary, start_processes, top1
+from .engine import Training, is_primary, start_processes, top1, wait_for_all
 from .grids import GRIDS
 from .holdout import Holdout, Journal
 from .latency.measure import describe_device, latencies
@@ -65,10 +65,11 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ('--policy', '--dataset', '--resume'):
         first.add_argument(flag)
-    first.add_argument('--baselines', nargs='+', default=BASELINES)
+    first.add_argument('--baselines', nargs='+')
     known, _ = first.parse_known_args(argv)
     earlier = _read_args(known.resume) if known.resume else {}
-    known.policy, known.dataset = known.policy or earlier.get('policy'), known.dataset or earlier.get('dataset')
+    for name, default in ('policy', None), ('dataset', None), ('baselines', BASELINES):
+        setattr(known, name, getattr(known, name) or earlier.get(name, default))
 
     parser = Parser(prog='timm-width search', description=__doc__, allow_abbrev=False)
     group = parser.add_argument_group('search')
@@ -115,8 +116,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
             raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
     elif known.policy:
-        args.search_epochs = args.search_epochs or found[policies.label(known.policy)].search_epochs
-    args.baselines = [name if name == BASE else policies.label(name) for name in args.baselines]
+        if args.search_epochs is None:
+            args.search_epochs = found[policies.label(known.policy)].search_epochs
     return args, found
 
 
@@ -220,11 +221,12 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     learning = learning_problem(problem)
     if is_primary(args):
         _prepare_output(args, output)
+    wait_for_all(args)
     _say(args, f'{problem.space.architecture}: {len(problem.grid)} groups to search; {len(learning.train)} images train, '
                f'{len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
 
     chosen = {}
-    for policy in dict.fromkeys([name, *(b for b in args.baselines if b != BASE)]):
+    for policy in dict.fromkeys([name, *(b for b in map(policies.label, args.baselines) if b != BASE)]):
         grid = problems[policy].grid
         chosen[policy] = choose(dataclasses.replace(learning, grid=grid), policy, found[policy](
             problem.space, problem.budgets, grid, options.get(policy), args.seed))
@@ -266,7 +268,7 @@ def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, 
     if BASE in args.baselines:
         yield _Entry(BASE, Choice({}))
     for i, budget in enumerate(problem.budgets):
-        for baseline in args.baselines:
+        for baseline in map(policies.label, args.baselines):
             if baseline != BASE:
                 yield _Entry(baseline, chosen[baseline][i], budget)
         yield _Entry('found', chosen[name][i], budget)
@@ -335,7 +337,7 @@ def _train_all(
             if twin is not None and e.name != 'found':
                 scores[i].append(scores[twin][-1])
                 continue
-            saved = e.budget.text if e.name == 'found' and seed == args.seed else ''
+            saved = _folder(args, e).relative_to(args.output).as_posix() if e.name == 'found' and seed == args.seed else ''
             scores[i].append(journal.recall([saved, *e.choice, seed, args.epochs], partial(train, e, seed)))
     for i, row in enumerate(rows):
         found = torch.tensor(scores[i], dtype=torch.float64)
