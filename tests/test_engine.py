@@ -1,8 +1,10 @@
 """The training loop: equal to one written out by hand, resumed as if never killed, and the same over several processes."""
+import json
 import os
 import random
 import socket
 from argparse import Namespace
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 import timm_width
-from timm_width import data
+from timm_width import data, search
 from timm_width.arguments import Parser, add_arguments
 from timm_width.cost import Budget
 from timm_width.engine import Training, batch_statistics, score, start_processes
@@ -356,6 +358,7 @@ def test_a_finished_training_is_only_loaded(tmp_path):
 
 WRONG = {
     'junk': lambda path: path.write_bytes(b'no checkpoint at all'),
+    'four bytes': lambda path: path.write_bytes(b'junk'),
     'empty': lambda path: path.write_bytes(b''),
     'truncated': lambda path: path.write_bytes(path.read_bytes()[:1000]),
     'cut at the end': lambda path: path.write_bytes(path.read_bytes()[:-100]),
@@ -448,10 +451,22 @@ def _scored(args, folder):
     return score(model.eval(), data.loader(view, args, CONFIG, training=False), args)
 
 
-def _of_several(rank, world, port, folder, out):
+def _searched(folder, out, *more):
+    """The rows of a search as `timm-width search` runs it, without times, which only the first process measures."""
+    where = ['--resume', str(out)] if more else ['--output', str(out)]
+    args, found = search.parse([
+        '--model', MODEL, '--data-dir', str(folder), '--policy', 'autoslim', '--baselines', 'base', 'random', '--random.samples', '1',
+        '--grid', '0.25,1', '--fix', 'conv1*', '--budget', 'params=0.5x', '--epochs', '1', '--search-epochs', '1', '-b', '4', '-j', '0',
+        '--autoslim.statistics', 'recalibrated', '--device', 'cpu', '--img-size', '32', *where, *more])
+    rows = search.search(args, found)
+    distributed.destroy_process_group()
+    return [{k: v for k, v in row.items() if k != 'latency_ms'} for row in rows]
+
+
+def _of_several(rank, world, ports, folder, out):
     """One process of several; writes what the tests below read."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=ports[0])
     args = arguments()
     start_processes(args)
     found = {'slimmed': _slimmed_training(args, _share(rank, world)), 'score': _scored(args, folder)}
@@ -475,18 +490,23 @@ def _of_several(rank, world, port, folder, out):
             t = training()
             t.run(out / name)
         found[name] = {'network': t.network.state_dict(), 'ema': t.ema.module.state_dict()}
-    torch.save(found, out / f'{rank}.pt')
     distributed.destroy_process_group()
+    for name, port, flags in (('search', ports[1], ()), ('search_again', ports[2], ('--seeds', '2'))):
+        os.environ['MASTER_PORT'] = port
+        found[name] = _searched(folder, out / 'search', *flags)
+    torch.save(found, out / f'{rank}.pt')
 
 
 @pytest.fixture(scope='module')
 def of_two(image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('processes')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_of_several, (2, port, image_folder, out), nprocs=2)
-    return [SimpleNamespace(**torch.load(out / f'{rank}.pt', weights_only=False)) for rank in range(2)]
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for s in free:
+            s.bind(('127.0.0.1', 0))
+        ports = [str(s.getsockname()[1]) for s in free]
+    torch.multiprocessing.spawn(_of_several, (2, ports, image_folder, out), nprocs=2)
+    return [SimpleNamespace(**torch.load(out / f'{rank}.pt', weights_only=False), out=out) for rank in range(2)]
 
 
 def test_every_process_draws_the_same_widths(of_two):
@@ -528,8 +548,21 @@ def test_several_processes_resume_as_if_never_killed(of_two):
             assert [k for k in states[0] if not torch.equal(states[0][k], states[1][k])] == []
 
 
-def test_a_checkpoint_of_two_processes_is_not_one_of_one(of_two, tmp_path_factory, image_folder):
-    checkpoint = next(tmp_path_factory.getbasetemp().glob('processes*/unbroken'))
+def test_a_search_by_two_processes_is_one_search(of_two):
+    """Both have the same table, and what is saved is in it; resumed for a second seed, it trains what is missing."""
+    first, second = of_two
+    assert first.search == second.search and [r['network'] for r in first.search] == ['base', 'random', 'found']
+    assert first.search_again == second.search_again
+    model = timm.create_model(f"local-dir:{first.out / 'search'}", pretrained=True)
+    assert sum(p.numel() for p in model.parameters()) == first.search[-1]['params'] <= first.search[0]['params'] / 2
+    for before, after in zip(first.search, first.search_again):
+        assert before['params'] == after['params'] and after['top1_std'] != ''
+    lines = [json.loads(line) for line in (first.out / 'search' / 'search' / 'results.jsonl').read_text().splitlines()]
+    assert len(lines) == 2 * len({r['params'] for r in first.search}) and len({key for key, _ in lines}) == len(lines)
+
+
+def test_a_checkpoint_of_two_processes_is_not_one_of_one(of_two, image_folder):
+    checkpoint = of_two[0].out / 'unbroken'
     args = arguments('--model-ema', '--model-ema-decay', '0.8', '--reprob', '0.5', '--grad-accum-steps', '2')
     with pytest.raises(data.UsageError, match='number of processes'):
         Training(make(), image_batches(image_folder, args), args, 3, seed=5).run(checkpoint)

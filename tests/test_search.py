@@ -113,7 +113,7 @@ def test_saved_weights_have_the_accuracy_of_the_table(digits_run):
 def test_provenance_says_how_it_was_found(digits_run):
     found, table = said(digits_run), by_name(digits_run)
     assert (found['policy'], found['options']['passes'], found['budget'], found['seed']) == ('autoslim', 4, 'macs=0.5x', 42)
-    assert found['search'] == {'epochs': 1, 'holdout': 0.1, 'proxy': ''}
+    assert (found['search'], found['train']) == ({'epochs': 1, 'holdout': 0.1, 'proxy': ''}, {'epochs': 1})
     assert found['costs']['macs'] == int(table['found']['macs'])
     assert found['costs']['latency_ms']['ms'] == float(table['found']['latency_ms']) and found['costs']['latency_ms']['device']
     assert found['top1'] == float(table['found']['top1'])
@@ -319,36 +319,37 @@ def test_nothing_but_the_policys_part_of_the_training_images_is_read_before_the_
         return wrapped
 
     monkeypatch.setattr(engine.Training, '_run_epoch', seen('epoch', engine.Training._run_epoch))
-    monkeypatch.setattr(holdout, 'score', seen('score', holdout.score))
-    monkeypatch.setattr(holdout, 'recalibrate', seen('recalibrate', holdout.recalibrate))
+    monkeypatch.setattr(holdout.Holdout, '_holdout', seen('score', holdout.Holdout._holdout))
+    monkeypatch.setattr(holdout.Holdout, '_calibration_batches', seen('calibrate', holdout.Holdout._calibration_batches))
     monkeypatch.setattr(search, '_entries', seen('chosen', search._entries))
     args.policy = 'mine'
     search.search(args, {'mine': Sharing, 'uniform': policies.load('uniform')})
     names = [what for what, _, _ in log]
     before, after = log[:names.index('chosen')], log[names.index('chosen') + 1:]
-    assert [what for what, _, _ in before] == ['epoch', 'score', 'score', 'recalibrate', 'score', 'epoch', 'score']
+    assert [what for what, _, _ in before] == ['epoch', 'score', 'score', 'calibrate', 'score', 'epoch', 'score']
     for what, read, validated in before:
         assert not validated
         assert read <= set(held) if what == 'score' else read <= set(kept)
-    assert before[0][1] and before[1][1] == set(held) and before[5][1]
-    assert [what for what, _, _ in after] == ['epoch'] * 3
+    assert before[0][1] and before[1][1] == set(held) and before[3][1] and before[5][1]
+    assert [what for what, _, _ in after] == ['epoch'] * 2  # found is uniform here, and trained once
     assert set.union(*(read for _, read, _ in after)) & set(held)
     assert len(validation.read) == len(splits.validation)
 
 
 def test_shuffled_validation_labels_change_no_width(tmp_path, monkeypatch):
     """The search cannot see them: what it finds is the same to the last channel, only the table differs."""
-    def shuffled(args):
+    def part(args, shuffle=False):
+        """Some of the digits: 300 to train."""
         splits = data.open_splits(args)
-        images = splits.validation
-        targets = np.random.default_rng(0).permutation(images.targets)
-        assert (targets != images.targets).mean() > 0.8
-        return dataclasses.replace(splits, validation=data.Digits(images.pixels, targets))
+        train, images = splits.train, splits.validation
+        targets = np.random.default_rng(0).permutation(images.targets) if shuffle else images.targets
+        assert ((targets != images.targets).mean() > 0.8) == shuffle
+        return dataclasses.replace(splits, train=data.Digits(train.pixels[:300], train.targets[:300]), targets=splits.targets[:300],
+                                   validation=data.Digits(images.pixels, targets))
 
-    arguments = ['--proxy', 'data=0.2', '--budget', 'macs=0.5x', 'macs=0.4x']
-    assert cli.main(slimming('digits', tmp_path / 'a', *arguments)) == 0
-    monkeypatch.setattr(problem, 'open_splits', shuffled)
-    assert cli.main(slimming('digits', tmp_path / 'b', *arguments)) == 0
+    for name, shuffle in (('a', False), ('b', True)):
+        monkeypatch.setattr(problem, 'open_splits', partial(part, shuffle=shuffle))
+        assert cli.main(slimming('digits', tmp_path / name, '--budget', 'macs=0.5x', 'macs=0.4x')) == 0
     for folder in ('macs-0.5x', 'macs-0.4x'):
         assert timm_width.load_spec(tmp_path / 'a' / folder).widths == timm_width.load_spec(tmp_path / 'b' / folder).widths
     costs, tops = ([[row[k] for k in keys] for name in 'ab' for row in rows(tmp_path / name)]
@@ -702,10 +703,12 @@ class Events:
             self.note('save', path.name)
             save(training, path, extra)
 
-        def recalled(journal, key, compute):
-            if json.dumps(key, sort_keys=True) not in journal.known:
+        def recalled(journal, key, compute, anew=False):
+            def computed():
                 self.note('recall', journal.path.name)
-            return recall(journal, key, compute)
+                return compute()
+
+            return recall(journal, key, computed, anew)
 
         def written(*a):
             self.note('table')
@@ -746,7 +749,7 @@ def test_a_search_killed_again_and_again_ends_as_the_unbroken_one(name, image_fo
     code, done = events.run(make(image_folder, tmp_path / 'b', *CHAINS[name]), kill=0)
     assert code == 130 and not (tmp_path / 'b' / 'summary.csv').exists()
     progress, kills = [], 1
-    for step in itertools.cycle([1, 4, 7]):
+    for step in itertools.cycle([1, 4, 2]):
         code, done = events.run(['search', '--resume', str(tmp_path / 'b')], kill=step)
         progress += done
         if code == 0:
@@ -790,7 +793,18 @@ def test_a_finished_search_resumed_computes_nothing(copied, finished, events):
     """Its baselines are those it was run with."""
     assert events.run(['search', '--resume', str(copied)]) == (0, [('table',)])
     assert without_times(copied) == without_times(finished)
+    for name in ('model.safetensors', 'search/results.jsonl', 'search/autoslim.scores.jsonl'):
+        assert (copied / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_resumed_there_and_back_the_weights_are_those_of_the_table(copied, finished, events):
+    """With another budget or number of epochs, and then with the first again: what is saved is what was asked for last."""
+    for flags in (['--budget', 'macs=0.45x'], ['--budget', 'macs=0.5x'], ['--epochs', '2'], ['--epochs', '1']):
+        assert events.run(['search', '--resume', str(copied), *flags])[0] == 0
+        assert said(copied)['train'] == {'epochs': 2 if '2' in flags else 1}
+    assert (copied / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
     assert timm_width.load_spec(copied).widths == timm_width.load_spec(finished).widths
+    assert without_times(copied) == without_times(finished)
 
 
 def test_resumed_with_another_budget_it_trains_no_shared_network_again(copied, finished, events):

@@ -5,7 +5,6 @@ shared network that runs at many widths: what one batch does is a `train_step`, 
 """
 import json
 import os
-import pickle
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -322,7 +321,7 @@ class Training:
 
     def _load(self, path: Path, extra: Optional[Any]) -> None:
         try:
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            state = _read_state(path, self.args.device)
             if (state['epochs'], state['seed']) != (self.epochs, self.seed) or len(state['random_states']) != getattr(
                     self.args, 'world_size', 1):
                 raise ValueError('its length, seed or number of processes is another')
@@ -333,11 +332,18 @@ class Training:
                 self.ema.module.load_state_dict(state['ema'])
             if extra is not None:
                 extra.load_state_dict(state['extra'])
-        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as e:
-            reason = 'it is damaged' if isinstance(e, pickle.UnpicklingError) else (str(e).strip().splitlines() or [''])[0]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+            reason = (str(e).strip().splitlines() or [''])[0]
             raise UsageError(f"'{path}' is not a checkpoint of this training: {reason}; --overwrite starts anew") from e
         self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
         _set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
+
+
+def _read_state(path: Path, device: str) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged pickle can raise anything
+        raise ValueError('it is damaged') from e
 
 
 def make_optimizer(

@@ -48,15 +48,16 @@ class Journal:
             distributed.broadcast_object_list(box)
             self.known = box[0]
 
-    def recall(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+    def recall(self, key: Sequence[Any], compute: Callable[[], Any], anew: bool = False) -> Any:
         """The result of that key, computed and written down if it is not known.
 
         Args:
             key: Anything that JSON holds.
             compute: Gives a result that JSON holds.
+            anew: Whether to compute it even if it is known.
         """
         name = json.dumps(key, sort_keys=True)
-        if name not in self.known:
+        if anew or name not in self.known:
             self.known[name] = compute()
             if self.primary:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from . import policies
 from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, write_args
-from .config import SUFFIX, load_spec, save
+from .config import SUFFIX, fingerprint, load_spec, save
 from .cost import Budget
 from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, start_processes, top1, wait_for_all
@@ -239,8 +239,8 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
         for e in entries:
-            if e.name == 'found' and not _is_saved(_folder(args, e), e.choice):
-                network = problem.model(e.choice, args.seed)
+            network = problem.model(e.choice, args.seed)
+            if e.name == 'found' and not _is_saved(_folder(args, e), network):
                 save(network, _folder(args, e), provenance[e.budget.text], args.pretrained, problem.config)
     if args.epochs:
         _train_all(problem, entries, rows, provenance)
@@ -280,12 +280,14 @@ def _folder(args: Namespace, entry: _Entry) -> Path:
     return output if len(args.budget) == 1 else output / entry.budget.text.replace('=', '-')
 
 
-def _is_saved(folder: Path, choice: Choice) -> bool:
+def _is_saved(folder: Path, network: nn.Module) -> bool:
     """Whether the folder holds that network, of the run that goes on."""
-    if not (folder / 'config.json').is_file():
-        return False
-    spec = load_spec(folder)
-    return (spec.widths, spec.skips) == (choice.widths, choice.skips)
+    return (folder / 'config.json').is_file() and load_spec(folder).shapes == fingerprint(network)
+
+
+def _is_trained(folder: Path, epochs: int) -> bool:
+    """Whether what the folder holds has been trained, for so long."""
+    return load_spec(folder).provenance.get('train') == {'epochs': epochs}
 
 
 def _times(problem: Problem, entries: Sequence[_Entry]) -> list[float]:
@@ -325,7 +327,8 @@ def _train_all(
         found = top1(result, validation, args)
         if is_primary(args):
             if entry.name == 'found' and seed == args.seed:
-                save(result, _folder(args, entry), provenance[entry.budget.text], data_config=problem.config)
+                trained = {**provenance[entry.budget.text], 'train': {'epochs': args.epochs}}
+                save(result, _folder(args, entry), trained, data_config=problem.config)
             checkpoint.unlink(missing_ok=True)
         return found
 
@@ -337,8 +340,10 @@ def _train_all(
             if twin is not None and e.name != 'found':
                 scores[i].append(scores[twin][-1])
                 continue
-            saved = _folder(args, e).relative_to(args.output).as_posix() if e.name == 'found' and seed == args.seed else ''
-            scores[i].append(journal.recall([saved, *e.choice, seed, args.epochs], partial(train, e, seed)))
+            saves = e.name == 'found' and seed == args.seed  # known already is no reason to end without its weights
+            anew = saves and not _is_trained(_folder(args, e), args.epochs)
+            key = [e.budget.text if saves else '', *e.choice, seed, args.epochs]
+            scores[i].append(journal.recall(key, partial(train, e, seed), anew))
     for i, row in enumerate(rows):
         found = torch.tensor(scores[i], dtype=torch.float64)
         row['top1'] = round(found.mean().item(), 2)
