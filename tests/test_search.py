@@ -789,9 +789,11 @@ def copied(finished, tmp_path):
     return tmp_path / 'x'
 
 
-def test_a_finished_search_resumed_computes_nothing(copied, finished, events):
+def test_a_finished_search_resumed_computes_nothing(copied, finished, events, image_folder, tmp_path):
     """Its baselines are those it was run with."""
     assert events.run(['search', '--resume', str(copied)]) == (0, [('table',)])
+    again = slimming(image_folder, tmp_path / 'y', '--random.samples', '1', '--resume', str(copied))  # the whole command again
+    assert events.run(again) == (0, [('table',)]) and not (tmp_path / 'y').exists()
     assert without_times(copied) == without_times(finished)
     for name in ('model.safetensors', 'search/results.jsonl', 'search/autoslim.scores.jsonl'):
         assert (copied / name).read_bytes() == (finished / name).read_bytes()
@@ -838,6 +840,7 @@ RESUMES = {
     'another model': (['--model', 'test_efficientnet'], '--model test_resnet;'),
     'another policy': (['--policy', 'uniform'], '--policy autoslim'),
     'another option': (['--autoslim.passes', '3'], '--autoslim.passes 4;'),
+    'another group fixed': (['--fix', 'conv1.3'], '--fix'),
     'another grid': (['--grid', 'aows', '--width-max', '1.2'], "--grid 0.25,0.5,1"),
     'bad budget': (['--budget', 'half'], 'not a budget'),
     'bad seeds': (['--seeds', '0'], '--seeds must be at least 1'),

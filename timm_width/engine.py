@@ -33,8 +33,8 @@ from .models import register
 from .space import WidthError, nearest
 
 __all__ = [
-    'Step', 'Training', 'batch_statistics', 'create', 'data_config', 'is_primary', 'make_optimizer', 'plain_step', 'score',
-    'start_processes', 'top1', 'wait_for_all',
+    'Step', 'Training', 'batch_statistics', 'create', 'data_config', 'is_primary', 'make_optimizer', 'of_primary', 'plain_step',
+    'score', 'start_processes', 'top1', 'wait_for_all',
 ]
 
 
@@ -106,6 +106,15 @@ def wait_for_all(args: Namespace) -> None:
     """Returns when every process has come here."""
     if getattr(args, 'world_size', 1) > 1:
         distributed.barrier()
+
+
+def of_primary(args: Namespace, value: Any) -> Any:
+    """The value that the first process gives, in every process."""
+    if getattr(args, 'world_size', 1) <= 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
 
 
 def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Optional
 
 import torch
 from timm.utils import distribute_bn, random_seed
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .engine import batch_statistics, is_primary, score
+from .engine import batch_statistics, is_primary, of_primary, score
 from .policies.base import Choice, PolicyError, Score
 from .supernet import recalibrate
 
@@ -43,10 +43,7 @@ class Journal:
                 whole += len(line)
                 key, value = json.loads(line)
                 self.known[key] = value
-        if getattr(args, 'world_size', 1) > 1:
-            box = [self.known]
-            distributed.broadcast_object_list(box)
-            self.known = box[0]
+        self.known = of_primary(args, self.known)
 
     def recall(self, key: Sequence[Any], compute: Callable[[], Any], anew: bool = False) -> Any:
         """The result of that key, computed and written down if it is not known.

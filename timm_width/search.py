@@ -30,7 +30,7 @@ from .arguments import RANGES, Parser, add_arguments, check_arguments, check_out
 from .config import SUFFIX, fingerprint, load_spec, save
 from .cost import Budget
 from .data import DEFAULTS, UsageError, mixes
-from .engine import Training, is_primary, start_processes, top1, wait_for_all
+from .engine import Training, is_primary, of_primary, start_processes, top1, wait_for_all
 from .grids import GRIDS
 from .holdout import Holdout, Journal
 from .latency.measure import describe_device, latencies
@@ -109,15 +109,15 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
     parser.set_defaults(**earlier)
     args = parser.parse_args(argv)
+    args.fix = list(dict.fromkeys(args.fix))  # one that is said again on --resume is no other
     if known.resume:
         args.output = known.resume
         changed = [k for k, v in earlier.items() if k not in FREE and vars(args).get(k) != v]
         if changed:
             raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
-    elif known.policy:
-        if args.search_epochs is None:
-            args.search_epochs = found[policies.label(known.policy)].search_epochs
+    elif args.search_epochs is None:
+        args.search_epochs = found[policies.label(known.policy)].search_epochs
     return args, found
 
 
@@ -287,7 +287,7 @@ def _is_saved(folder: Path, network: nn.Module) -> bool:
 
 def _is_trained(folder: Path, epochs: int) -> bool:
     """Whether what the folder holds has been trained, for so long."""
-    return load_spec(folder).provenance.get('train') == {'epochs': epochs}
+    return (folder / 'config.json').is_file() and load_spec(folder).provenance.get('train') == {'epochs': epochs}
 
 
 def _times(problem: Problem, entries: Sequence[_Entry]) -> list[float]:
@@ -314,6 +314,7 @@ def _train_all(
     """Trains every network under every seed; adds top-1 to the rows, and saves what was found under the first seed."""
     args, state = problem.args, Path(problem.args.output) / 'search'
     journal = Journal(state / 'results.jsonl', args)
+    trained = of_primary(args, [e.name == 'found' and _is_trained(_folder(args, e), args.epochs) for e in entries])
     training, validation = problem.training_batches(), problem.held_batches()
     scores: dict[int, list[float]] = {i: [] for i in range(len(entries))}
 
@@ -327,8 +328,8 @@ def _train_all(
         found = top1(result, validation, args)
         if is_primary(args):
             if entry.name == 'found' and seed == args.seed:
-                trained = {**provenance[entry.budget.text], 'train': {'epochs': args.epochs}}
-                save(result, _folder(args, entry), trained, data_config=problem.config)
+                said = {**provenance[entry.budget.text], 'train': {'epochs': args.epochs}}
+                save(result, _folder(args, entry), said, data_config=problem.config)
             checkpoint.unlink(missing_ok=True)
         return found
 
@@ -341,7 +342,7 @@ def _train_all(
                 scores[i].append(scores[twin][-1])
                 continue
             saves = e.name == 'found' and seed == args.seed  # known already is no reason to end without its weights
-            anew = saves and not _is_trained(_folder(args, e), args.epochs)
+            anew = saves and not trained[i]
             key = [e.budget.text if saves else '', *e.choice, seed, args.epochs]
             scores[i].append(journal.recall(key, partial(train, e, seed), anew))
     for i, row in enumerate(rows):
