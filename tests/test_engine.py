@@ -525,6 +525,21 @@ def test_two_processes_lose_what_one_does_at_the_same_global_batch(of_two):
     assert alone['widths'] == of_two[0].slimmed['widths'] and np.std(losses[::4]) > 1e-3
 
 
+def test_processes_share_the_images_that_are_scored(image_folder):
+    """None twice, none left out, whatever their number."""
+    images = create_dataset('', str(image_folder / 'train'), search_split=False)
+    for world in (2, 5):
+        shares = []
+        for rank in range(world):
+            args = arguments()
+            args.rank, args.world_size = rank, world
+            loader = data.loader(data.View(images), args, CONFIG, training=False)
+            shares.append(torch.cat([x for x, _ in loader]))
+        assert {len(share) for share in shares} <= {36 // world, -(-36 // world)}
+        every = torch.cat(shares)
+        assert len(every) == 36 == len(torch.unique(every, dim=0))
+
+
 def test_two_processes_score_as_one(of_two, image_folder):
     """Each image counts once, though their number is odd; the accuracy is the same number, the loss to float precision."""
     alone = _scored(arguments(), image_folder)
