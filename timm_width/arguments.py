@@ -23,7 +23,7 @@ RANGES: dict[str, tuple[Optional[float], Optional[float]]] = {
     'reprob': (0, 1), 'mixup': (0, None), 'cutmix': (0, None), 'mixup_prob': (0, 1), 'mixup_switch_prob': (0, 1),
     'drop': (0, 1), 'drop_path': (0, 1), 'crop_pct': (0.01, 1), 'model_ema_decay': (0, 1), 'seed': (0, 2 ** 32 - 1),
 }
-PROCESS = ('rank', 'local_rank', 'world_size', 'distributed')
+PROCESS = ('rank', 'local_rank', 'distributed')
 AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
 

@@ -10,6 +10,7 @@ answer is known. Each test states one law; override a class attribute to adapt i
 """
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -152,28 +153,21 @@ class PolicyConformance:
         return Training(policy.prepare(model, trace(model, (3, 16, 16))), batches, self.arguments(), self.epochs,
                         train_step=policy.train_step, parameters=list(policy.parameters()))
 
-    def answer(self, budgets: Sequence[Budget], seed: int = 0, cut: Optional[int] = None, tmp_path: Any = None) -> list[Choice]:
-        """Trains, if it does; and chooses by a network's scores. With `cut`, the training is killed after so many epochs."""
+    def trained(self, policy: Policy, checkpoint: Optional[Path] = None, kill_after: Optional[int] = None) -> nn.Module:
+        """The policy's network after its training, which raises _Killed after so many epochs, if that is asked for."""
+        def after_epoch(training: Training, loss: float, lr: float) -> None:
+            policy.epoch_end(training.epoch - 1)
+            if kill_after is not None and training.epoch > kill_after:
+                raise _Killed
+
+        return self.training(policy).run(checkpoint, after_epoch, policy)
+
+    def answer(self, budgets: Sequence[Budget], seed: int = 0) -> list[Choice]:
+        """Trains, if it does; and chooses by its network's scores."""
         policy = self.make(budgets, seed)
         if not policy.trains():
             return list(policy.choose(PlantedProblem(self.grid(policy.space))))
-        training = self.training(policy)
-        if cut is not None:
-            class Killed(Exception):
-                pass
-
-            def kill(training: Training, loss: float, lr: float) -> None:
-                if training.epoch > cut:
-                    raise Killed
-
-            try:
-                training.run(tmp_path / 'x.pth.tar', after_epoch=kill, extra=policy)
-            except Killed:
-                policy = self.make(budgets, seed)
-                training = self.training(policy)
-        network = training.run(tmp_path / 'x.pth.tar' if tmp_path else None,
-                               after_epoch=lambda t, loss, lr: policy.epoch_end(t.epoch - 1), extra=policy)
-        return list(policy.choose(_OnImages(network, self.images(1))))
+        return list(policy.choose(_OnImages(self.trained(policy), self.images(1))))
 
     # -- laws --------------------------------------------------------------------------------------------------
 
@@ -196,8 +190,22 @@ class PolicyConformance:
         assert self.answer(budgets, seed=3) == self.answer(budgets, seed=3)
 
     def test_a_resumed_search_gives_the_answer_of_the_unbroken_one(self, tmp_path):
+        """The same weights, bit for bit, and the same answer, from new objects that only the checkpoint tells of the old ones."""
+        if not self.policy.trains():
+            return
         budgets = [Budget.parse('macs=0.5x', self.space())]
-        assert self.answer(budgets, cut=1, tmp_path=tmp_path) == self.answer(budgets)
+        unbroken = self.make(budgets)
+        network = self.trained(unbroken)
+        try:
+            self.trained(self.make(budgets), tmp_path / 'x.pth.tar', kill_after=self.epochs - 1)
+        except _Killed:
+            pass
+        resumed = self.make(budgets)
+        again = self.trained(resumed, tmp_path / 'x.pth.tar')
+        for name, t in network.state_dict().items():
+            assert torch.equal(t, again.state_dict()[name]), name
+        images = self.images(1)
+        assert unbroken.choose(_OnImages(network, images)) == resumed.choose(_OnImages(again, images))
 
     def test_it_works_with_any_cost(self):
         space = self.space()
@@ -232,6 +240,10 @@ class PolicyConformance:
             chance = (max if self.beats_random else np.mean)([problem.top1(w) for w in drawn])
             ahead.append(problem.top1(widths) - chance)
         assert np.mean(ahead) > 0, f'ahead by {np.round(ahead, 2)}'
+
+
+class _Killed(Exception):
+    pass
 
 
 class _OnImages:

@@ -107,6 +107,12 @@ def _open(args: Namespace) -> Splits:
 
 def _named(args: Namespace) -> Splits:
     """A dataset that timm finds by name."""
+    given = {'--class-map': args.class_map, '--input-img-mode': args.input_img_mode, '--input-key': args.input_key,
+             '--target-key': args.target_key}
+    unused = [flag for flag, value in given.items() if value]
+    if unused and args.dataset.lower().startswith('torch/'):
+        raise UsageError(f"{', '.join(unused)} cannot be used with --dataset {args.dataset}: torchvision's datasets have none")
+
     def read(split: str) -> Dataset:
         try:
             found = create_dataset(
@@ -260,7 +266,8 @@ def loader(view: View, args: Namespace, config: Mapping[str, Any], training: boo
         auto_augment=args.aa, re_prob=args.reprob if training else 0., re_mode=args.remode, re_count=args.recount,
         interpolation=config['interpolation'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'], num_workers=args.workers, device=torch.device(args.device), collate_fn=collate,
-        distributed=training and world > 1, pin_memory=args.pin_mem, worker_seeding=args.worker_seeding)
+        distributed=training and world > 1, pin_memory=args.pin_mem, worker_seeding=args.worker_seeding,
+        persistent_workers=False)  # new ones every epoch: their seeds then follow from the random state that a resume restores
 
 
 def mixes(args: Namespace) -> bool:

@@ -343,7 +343,8 @@ class Training:
                 extra.load_state_dict(state['extra'])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [''])[0]
-            raise UsageError(f"'{path}' is not a checkpoint of this training: {reason}; --overwrite starts anew") from e
+            raise UsageError(
+                f"'{path}' is not a checkpoint of this training: {reason}; --overwrite instead of --resume starts anew") from e
         self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
         _set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
 
@@ -400,7 +401,7 @@ def _random_states() -> dict[str, Any]:
     return {
         'torch': torch.get_rng_state(), 'python': random.getstate(),
         'numpy': (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
@@ -409,8 +410,8 @@ def _set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = states['numpy']
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    if states['cuda'] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in states['cuda']])
+    if states['cuda'] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['cuda'].cpu())
 
 
 # -- scoring ---------------------------------------------------------------------------------------------------------------

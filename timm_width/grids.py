@@ -100,6 +100,8 @@ def make_grid(
         UsageError: There is no such rule, a pattern fits no group, or nothing is left to search.
     """
     rule, number, ratios = _parse(kind)
+    if ratios is not None and (low is not None or high is not None):
+        raise UsageError(f'--grid {kind} says all the ratios: leave out --width-min and --width-max')
     divisor = divisor or (1 if rule is GRIDS['dmcp'] else DIVISOR)
     low = rule.low if low is None else low
     high = rule.high if high is None else high

@@ -100,11 +100,12 @@ class Holdout:
     ) -> Score:
         if self.network is None:
             raise PolicyError('a policy without a train_step has no shared network to evaluate: use evaluate.alone')
-        return self._recall(['shared', dict(widths), list(skips), batches, statistics],
+        widths = {name: int(w) for name, w in widths.items()}
+        return self._recall(['shared', widths, list(skips), batches, statistics],
                             lambda: self._shared(widths, skips, batches, statistics))
 
     def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
-        choice = Choice(dict(widths), tuple(skips))
+        choice = Choice({name: int(w) for name, w in widths.items()}, tuple(skips))
         return self._recall(['alone', choice.widths, list(choice.skips)],
                             lambda: score(self.train(choice).eval(), self._holdout(None), self.args))
 

@@ -6,11 +6,12 @@ The policy learns on the training images but for the holdout, on which it choose
 The validation images are read once, for the table at the end. --output becomes a folder for
 timm.create_model('local-dir:FOLDER', pretrained=True), with config.json and model.safetensors; with several budgets it holds one
 such folder for each. Beside them are args.yaml, summary.csv (the table) and search/ (what --resume goes on from). Costs are those
-of one image at --img-size. Runs under torchrun, too.
+of one image at --img-size. A warm-up is at most a fifth of its training. Runs under torchrun, too.
 """
 import dataclasses
 import json
 import platform
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -45,12 +46,11 @@ __all__ = ['main', 'parse', 'search']
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
                  'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH)}
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
-SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'sched_on_updates': True}
+SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True}
 BASE = 'base'
 BASELINES = [BASE, 'uniform']
 # what may be another when a search goes on: nothing that decides what the policy has learned so far
-FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'rank', 'local_rank',
-        'validation_batch_size', 'pin_mem')
+FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem')
 
 
 # -- the command line ------------------------------------------------------------------------------------------------------
@@ -103,9 +103,12 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
                        '--budget, --baselines, --seeds and --epochs may be others')
     found = {}
     for name in dict.fromkeys([known.policy, *known.baselines]):
-        if name and name != BASE:
-            found[policies.label(name)] = policies.load(name)
-            policies.add_options(parser, policies.label(name), found[policies.label(name)])
+        label = policies.label(name) if name else BASE
+        if name and (label in found or name != BASE and label == BASE):
+            raise UsageError(f"--policy and --baselines name two policies '{label}': give '{name}' another name")
+        if label != BASE:
+            found[label] = policies.load(name)
+            policies.add_options(parser, label, found[label])
     parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
     parser.set_defaults(**earlier)
     args = parser.parse_args(argv)
@@ -175,7 +178,7 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
 
     with tqdm(total=policy.evaluations, desc=f'choose ({name})', unit='net', disable=None if is_primary(args) else True) as bar:
         found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
-    found = [Choice(dict(widths), tuple(skips)) for widths, skips in found]
+    found = [Choice({name: int(w) for name, w in widths.items()}, tuple(skips)) for widths, skips in found]
     for choice, budget in zip(found, problem.budgets, strict=True):
         if not budget.met(*choice):
             raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
@@ -213,8 +216,11 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
         The rows of the final table.
     """
     _check(args, found)
-    options = {name: policies.read_options(args, name, policy) for name, policy in found.items() if name in _with_options(args)}
+    options = {name: policies.read_options(args, name, policy) for name, policy in found.items()}
+    before = vars(args).get('world_size')
     start_processes(args)
+    if args.resume and before not in (None, args.world_size):  # their number decides learning rates
+        raise UsageError(f"--resume '{args.output}': the search there ran in {before} processes, not {args.world_size}")
     problems = make_problem(args, {name: policy.default_grid for name, policy in found.items()})
     name = policies.label(args.policy)
     problem, output = problems[name], Path(args.output)
@@ -229,13 +235,13 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     for policy in dict.fromkeys([name, *(b for b in map(policies.label, args.baselines) if b != BASE)]):
         grid = problems[policy].grid
         chosen[policy] = choose(dataclasses.replace(learning, grid=grid), policy, found[policy](
-            problem.space, problem.budgets, grid, options.get(policy), args.seed))
+            problem.space, problem.budgets, grid, options[policy], args.seed))
     entries = list(_entries(args, problem, name, chosen))
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
     for row, ms in zip(rows, _times(problem, entries)):
         row['latency_ms'] = ms
     rule = args.grid or found[name].default_grid
-    provenance = {e.budget.text: _provenance(problem, rule, options.get(name), row)
+    provenance = {e.budget.text: _provenance(problem, rule, options[name], row)
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
         for e in entries:
@@ -249,14 +255,12 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     return rows
 
 
-def _with_options(args: Namespace) -> set[str]:
-    """The policies whose options are among the flags."""
-    return {key.partition('.')[0] for key in vars(args) if '.' in key}
-
-
 def _prepare_output(args: Namespace, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not args.resume:
+        if (output / 'args.yaml').is_file():  # an earlier search: its folders of several budgets go too
+            for text in _read_args(str(output)).get('budget', ()):
+                shutil.rmtree(output / _folder_name(text), ignore_errors=True)
         for name in ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv'):
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(output / 'search', ignore_errors=True)
@@ -277,7 +281,11 @@ def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, 
 def _folder(args: Namespace, entry: _Entry) -> Path:
     """Where a found network is saved: --output itself, or a folder for each of several budgets."""
     output = Path(args.output)
-    return output if len(args.budget) == 1 else output / entry.budget.text.replace('=', '-')
+    return output if len(args.budget) == 1 else output / _folder_name(entry.budget.text)
+
+
+def _folder_name(budget: str) -> str:
+    return re.sub(r'[^\w.]+', '-', budget)
 
 
 def _is_saved(folder: Path, network: nn.Module) -> bool:
@@ -371,7 +379,7 @@ def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
         **describe_device(args.device), 'batch': _latency_batch(args), 'ms': row['latency_ms']}}
     return {
-        'policy': policies.label(args.policy), 'options': dataclasses.asdict(options) if options else {}, 'seed': args.seed,
+        'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},
         'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs}
@@ -389,7 +397,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not is_primary(args):
         return
     print_table(rows, f'{args.device}, batch {_latency_batch(args)}')
-    path = Path(args.output) if len(args.budget) == 1 else Path(args.output) / args.budget[0].replace('=', '-')
+    path = Path(args.output) if len(args.budget) == 1 else Path(args.output) / _folder_name(args.budget[0])
     base = load_spec(path).architecture.removesuffix(SUFFIX)
     ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''

@@ -3,6 +3,7 @@ import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,14 @@ def _seconds(network: nn.Module, images: torch.Tensor, count: int) -> float:
 
 def describe_device(device: str) -> dict[str, Any]:
     """What a measured time is worth nothing without."""
-    cuda = 'cuda' in device
-    return {'device': torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-            'threads': torch.get_num_threads(), 'torch': torch.__version__}
+    name = torch.cuda.get_device_name(device) if 'cuda' in device else _processor()
+    return {'device': name, 'threads': torch.get_num_threads(), 'precision': 'float32', 'torch': torch.__version__}
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    found = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(found, '') or platform.processor() or platform.machine()

@@ -4,6 +4,7 @@ A package adds its own by the entry-point group `timm_width.policies`; nothing h
 """
 import dataclasses
 import pkgutil
+import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from importlib import import_module
@@ -59,6 +60,7 @@ def label(name: str) -> str:
 def _import_file(path: str) -> ModuleType:
     spec = spec_from_file_location(f'{__name__}._from_file_{label(path)}', path)
     module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except FileNotFoundError:
@@ -83,10 +85,10 @@ def add_options(parser: ArgumentParser, name: str, policy: type[Policy]) -> None
     group = parser.add_argument_group(f'options of the policy {name}')
     types = get_type_hints(policy.Options)
     for f in dataclasses.fields(policy.Options):
-        kind: dict[str, Any] = {'type': types[f.name], 'metavar': types[f.name].__name__.upper()}
+        kind: dict[str, Any] = {'type': types[f.name], 'metavar': getattr(types[f.name], '__name__', 'value').upper()}
         if types[f.name] is bool:
             kind = {'action': BooleanOptionalAction}
-        group.add_argument(f'--{name}.{f.name}', default=f.default, help=f.metadata.get('help'), **kind)
+        group.add_argument(f'--{name}.{f.name}', dest=f'{name}.{f.name}', default=f.default, help=f.metadata.get('help'), **kind)
 
 
 def read_options(args: Namespace, name: str, policy: type[Policy]) -> Any:
