@@ -113,16 +113,15 @@ def test_widths_never_exceed_what_a_group_may_grow_to():
     assert one(17, '4', divisor=8) == (64,)
 
 
-@pytest.mark.parametrize('kind', [*GRIDS, '0.3,0.7,1'])
-@pytest.mark.parametrize('high', [1., 1.5])
+@pytest.mark.parametrize('kind, high', [*((kind, high) for kind in GRIDS for high in (1., 1.5)), ('0.3,0.7,1', None)])
 @pytest.mark.parametrize('name', ['mobilenetv2_100', 'regnetx_002', 'resnext26ts'])
-def test_every_grid_is_ascending_in_whole_units_and_its_widths_are_valid(name, high, kind):
+def test_every_grid_is_ascending_in_whole_units_and_its_widths_are_valid(name, kind, high):
     s = space(name)
     grid = make_grid(s, kind, high=high)
     assert grid.keys() == s.searchable.keys()
     for group, widths in grid.items():
         assert list(widths) == sorted(set(widths)) and widths
-        assert all(w % s[group].unit == 0 and 0 < w <= max(high, 1) * s[group].size + 8 for w in widths)
+        assert all(w % s[group].unit == 0 and 0 < w <= (high or 1) * s[group].size + 8 for w in widths)
     for ends in (0, -1):
         assert not s.faults({group: widths[ends] for group, widths in grid.items()})
 
@@ -186,6 +185,7 @@ def test_fix_leaves_groups_out():
     ({'high': 5.}, 'from 0 to 4'),
     ({'low': 0., 'high': 0.}, '--width-max 0'),
     ({'low': math.nan}, '--width-min nan'),
+    ({'kind': '0.5,1', 'high': 1.}, 'leave out --width-min'),
     ({'low': 1.01, 'high': 1.02, 'kind': 'bins'}, 'leaves no width'),
     ({'fix': ['no.such']}, "--fix 'no.such'"),
     ({'fix': ['*']}, '--fix keeps them all'),

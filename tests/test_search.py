@@ -169,6 +169,31 @@ def test_overwrite_replaces_the_results_and_nothing_else(image_folder, tmp_path)
     assert {f.name for f in folder.iterdir()} == {*RESULTS, 'notes.txt'}
 
 
+ARGS_YAML = {  # what a folder may hold that is written over
+    'several budgets': "policy: autoslim\nbudget: ['macs=0.5x', 'params=0.6x']\n",
+    'one text': 'policy: autoslim\nbudget: macs=0.5x\n',  # as the first version wrote it
+    'other folders': "policy: autoslim\nbudget: ['.', '..', '../y', '', mine, 3, null]\n",
+    'no list': 'policy: autoslim\nbudget: 3\n',
+    'of a training': 'model: resnet18\n',
+    'junk': '{[',
+}
+
+
+@pytest.mark.parametrize('name', ARGS_YAML)
+def test_overwrite_removes_the_folders_of_an_earlier_search_and_no_others(name, image_folder, tmp_path):
+    """Whatever its args.yaml says."""
+    folder = tmp_path / 'x'
+    for f in ('x/macs-0.5x', 'x/params-0.6x', 'x/mine', 'y'):
+        (tmp_path / f).mkdir(parents=True)
+        (tmp_path / f / 'config.json').write_text('{}')
+    (folder / 'args.yaml').write_text(ARGS_YAML[name])
+    assert cli.main(command(image_folder, folder, '--epochs', '0', '--overwrite', policy='uniform')) == 0
+    left = {f.name for f in folder.iterdir() if f.is_dir()}
+    assert left - {'search'} == ({'mine'} if name == 'several budgets' else {'macs-0.5x', 'params-0.6x', 'mine'})
+    assert (tmp_path / 'y' / 'config.json').exists() and (folder / 'mine' / 'config.json').exists()
+    assert timm_width.load_spec(folder).widths
+
+
 def test_several_budgets_give_a_folder_each(image_folder, tmp_path, capsys):
     """Each rebuilds, meets its own budget, and knows the baselines of its own budget alone."""
     texts = ['macs=0.5x', 'params=0.6x', 'macs=1.5M']

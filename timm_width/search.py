@@ -258,13 +258,22 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
 def _prepare_output(args: Namespace, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        if (output / 'args.yaml').is_file():  # an earlier search: its folders of several budgets go too
-            for text in _read_args(str(output)).get('budget', ()):
-                shutil.rmtree(output / _folder_name(text), ignore_errors=True)
+        for name in _earlier_folders(output):
+            shutil.rmtree(output / name, ignore_errors=True)
         for name in ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv'):
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(output / 'search', ignore_errors=True)
     write_args(args, output)
+
+
+def _earlier_folders(output: Path) -> list[str]:
+    """The folders of several budgets that an earlier search left; whatever its args.yaml says, nothing else."""
+    try:
+        budgets = _read_args(str(output)).get('budget')
+    except UsageError:
+        return []
+    texts = [text for text in budgets if isinstance(text, str)] if isinstance(budgets, list) else []
+    return [_folder_name(text) for text in texts if re.fullmatch(r'\s*\w+\s*=[\s\w.]+', text)]
 
 
 def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, Sequence[Choice]]) -> Iterator[_Entry]:
