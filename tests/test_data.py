@@ -35,7 +35,7 @@ def arguments(*more):
 def test_a_torchvision_dataset_by_name(tmp_path):
     """Grey images become RGB, and the classes come without reading an image."""
     write_mnist(tmp_path)
-    args = arguments('--dataset', 'torch/mnist', '--data-dir', str(tmp_path), '-b', '8')
+    args = arguments('--dataset', 'torch/mnist', '--data-dir', str(tmp_path), '-vb', '8')
     splits = data.open_splits(args)
     assert (len(splits.train), len(splits.validation), args.num_classes) == (48, 12, CLASSES)
     assert (splits.targets == np.arange(48) % CLASSES).all()
