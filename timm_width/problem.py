@@ -106,7 +106,7 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
 
     Args:
         args: The flags.
-        rules: Policy -> the grid that it searches where --grid does not say.
+        rules: Policy -> the grid that it chooses from.
 
     Returns:
         Policy -> its problem; they differ by their grids alone.
@@ -122,7 +122,7 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
     make_optimizer(model, args, max(args.epochs, 1), 1)  # refuses flags that are wrong, before anything is written
     space = trace(model, config['input_size'])
     fixed = () if args.search_se else squeezes(model, space)
-    grids = {policy: make_grid(space, args.grid or rule, args.width_min, args.width_max, args.width_divisor, args.fix, fixed)
+    grids = {policy: make_grid(space, rule, args.width_min, args.width_max, args.width_divisor, args.fix, fixed)
              for policy, rule in rules.items()}
     register(space.architecture)  # what is saved must have a name that timm can build
     budgets = tuple(Budget.parse(text, space) for text in args.budget)

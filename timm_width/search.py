@@ -82,7 +82,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
                        help='part of the training images on which the policy chooses')
     group.add_argument('--proxy', default='', metavar='HOW',
                        help='a cheaper search: resolution=96,data=0.1,classes=100, any of them; costs stay those of the real thing')
-    group.add_argument('--grid', metavar='NAME', help="widths to choose from: ratios as in 0.25,0.5,1 or one of " + '; '.join(
+    group.add_argument('--grid', metavar='NAME', help="widths that the policy may choose: ratios as in 0.25,0.5,1 or one of " + '; '.join(
         f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
     group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
     group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
@@ -221,8 +221,10 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     start_processes(args)
     if args.resume and before not in (None, args.world_size):  # their number decides learning rates
         raise UsageError(f"--resume '{args.output}': the search there ran in {before} processes, not {args.world_size}")
-    problems = make_problem(args, {name: policy.default_grid for name, policy in found.items()})
     name = policies.label(args.policy)
+    # --grid is for the policy that searches; a baseline on a coarse grid could not fill the budget
+    rules = {label: label == name and args.grid or policy.default_grid for label, policy in found.items()}
+    problems = make_problem(args, rules)
     problem, output = problems[name], Path(args.output)
     learning = learning_problem(problem)
     if is_primary(args):
@@ -240,8 +242,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
     for row, ms in zip(rows, _times(problem, entries)):
         row['latency_ms'] = ms
-    rule = args.grid or found[name].default_grid
-    provenance = {e.budget.text: _provenance(problem, rule, options[name], row)
+    provenance = {e.budget.text: _provenance(problem, rules[name], options[name], row)
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
         for e in entries:
