@@ -926,3 +926,12 @@ def test_only_the_first_of_several_processes_writes(image_folder, tmp_path, monk
     table = search.search(args, found)
     assert [row['network'] for row in table] == ['base', 'uniform', 'found'] and not any(tmp_path.iterdir())
     assert SimpleNamespace(**table[0]).top1 > 0
+
+
+def test_a_baseline_fills_the_budget_though_the_policys_grid_is_coarse(tmp_path):
+    """--grid is for the policy that searches; the baselines choose from multiples of the divisor, over the same range."""
+    output = tmp_path / 'x'
+    assert cli.main(['search', '--model', MODEL, '--dataset', 'digits', '--policy', 'autoslim', '--grid', '0.5,1.5', '--width-divisor', '4',
+                     '--budget', 'macs=1.5x', '--epochs', '0', *SHORT[2:], '--output', str(output)]) == 0
+    found = {row['network']: int(row['macs']) for row in csv.DictReader((output / 'summary.csv').open())}
+    assert 1.3 * found['base'] < found['uniform'] <= 1.5 * found['base']

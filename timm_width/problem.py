@@ -106,7 +106,7 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
 
     Args:
         args: The flags.
-        rules: Policy -> the grid that it chooses from.
+        rules: Policy -> the grid that it chooses from; the searching policy first, whose range the others share.
 
     Returns:
         Policy -> its problem; they differ by their grids alone.
@@ -122,8 +122,13 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
     make_optimizer(model, args, max(args.epochs, 1), 1)  # refuses flags that are wrong, before anything is written
     space = trace(model, config['input_size'])
     fixed = () if args.search_se else squeezes(model, space)
-    grids = {policy: make_grid(space, rule, args.width_min, args.width_max, args.width_divisor, args.fix, fixed)
-             for policy, rule in rules.items()}
+    grids: dict[str, Grid] = {}
+    low, high = args.width_min, args.width_max
+    for policy, rule in rules.items():
+        grids[policy] = make_grid(space, rule, low, high, args.width_divisor, args.fix, fixed)
+        if len(grids) == 1:
+            low = min(widths[0] / space[name].size for name, widths in grids[policy].items())
+            high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
     budgets = tuple(Budget.parse(text, space) for text in args.budget)
     for budget in budgets:

@@ -82,7 +82,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
                        help='part of the training images on which the policy chooses')
     group.add_argument('--proxy', default='', metavar='HOW',
                        help='a cheaper search: resolution=96,data=0.1,classes=100, any of them; costs stay those of the real thing')
-    group.add_argument('--grid', metavar='NAME', help="widths that the policy may choose: ratios as in 0.25,0.5,1 or one of " + '; '.join(
+    group.add_argument('--grid', metavar='NAME', help='widths that the policy may choose: ratios as in 0.25,0.5,1 or ' + '; '.join(
         f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
     group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
     group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
