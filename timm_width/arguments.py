@@ -83,8 +83,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help="pixel deviation (default: the model's)")
     group.add_argument('--interpolation', default='', metavar='NAME', help="resizing (default: the model's)")
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per step and process')
-    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='images per step when nothing is trained '
-                       '(default: --batch-size)')
+    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='images per step when nothing is trained')
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per optimiser step')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',

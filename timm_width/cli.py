@@ -45,7 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ERRORS as e:
         print(f'timm-width {command}: {e}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f'timm-width {command}: interrupted', file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f'timm-width {command}: interrupted{e}', file=sys.stderr)
         return 130
     return 0

@@ -355,8 +355,8 @@ class Budget:
         cost = _COSTS[name](space)
         limit = math.floor(number * (cost() if found['suffix'] == 'x' else _SUFFIXES[found['suffix']]))
         if limit < 1:
-            raise BudgetError(f"{shown}: the limit is less than one of {cost.unit}; for a share of the base write "
-                              f"'{name}={value}x'")
+            hint = '' if found['suffix'] else f" (a share of the base is '{name}={value}x')"
+            raise BudgetError(f'{shown}: the limit is less than one of {cost.unit}{hint}; {_FORMS}')
         return cls(cost, limit, text.strip())
 
     def met(self, widths: Mapping[str, Width] = {}, skips: Sequence[str] = ()) -> bool:
@@ -389,7 +389,7 @@ class Budget:
             word, size, end = ('below', 'smallest', low) if self.limit < low else ('above', 'largest', high)
             raise BudgetError(
                 f"budget '{self.text}' is {self.limit:,} {self.cost.unit}, {word} the {size} network's {end:,}; for "
-                f'{self.cost.space.architecture} give a limit between {low:,} and {high:,}')
+                f'{self.cost.space.architecture} at the widths allowed, give a limit between {low:,} and {high:,}')
 
     def __str__(self) -> str:
         return f'{self.text} (at most {self.limit:,} {self.cost.unit})'

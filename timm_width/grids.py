@@ -127,7 +127,7 @@ def make_grid(
 
 
 def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
-    name, _, number = kind.partition(':')
+    name, _, number = kind.strip().partition(':')
     try:
         if name in GRIDS:
             given = float(number) if number else GRIDS[name].number

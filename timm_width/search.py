@@ -77,7 +77,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
                        help=f"one of {', '.join(policies.names())}, or a file of yours; --policy NAME --help shows its options")
     group.add_argument('--budget', required=not earlier, nargs='+', metavar='COST=LIMIT',
                        help='macs=150M, params=2M, or a ratio of the base: macs=0.5x; one network is found for each')
-    group.add_argument('--search-epochs', type=int, metavar='N', help="length of the policy's own training (default: the paper's)")
+    length = policies.load(known.policy).search_epochs if known.policy else "the paper's"
+    group.add_argument('--search-epochs', type=int, metavar='N', help=f"length of the policy's own training (default: {length})")
     group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
                        help='part of the training images on which the policy chooses')
     group.add_argument('--proxy', default='', metavar='HOW',
@@ -87,7 +88,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
     group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
     group.add_argument('--width-divisor', type=int, metavar='N', help="step of the widths (default: the grid's, mostly 8)")
-    group.add_argument('--fix', action='append', default=[], metavar='PATTERN',
+    group.add_argument('--fix', action='extend', nargs='+', default=[], metavar='PATTERN',
                        help="groups that keep their width, as in 'conv_*'")
     group.add_argument('--search-se', action='store_true', help='search the squeezes of squeeze-excite, too')
     group.add_argument('--baselines', nargs='+', default=BASELINES, metavar='NAME',
@@ -129,7 +130,8 @@ def _read_args(folder: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as e:
-        raise UsageError(f"--resume '{folder}': no search was begun there: {str(e).splitlines()[0]}") from None
+        reason = '' if isinstance(e, FileNotFoundError) else f': {str(e).splitlines()[0]}'
+        raise UsageError(f"--resume '{folder}': no search was begun there, it has no args.yaml{reason}") from None
     if not isinstance(found, dict) or 'policy' not in found:
         raise UsageError(f"--resume '{folder}': its args.yaml is not that of a search")
     return found
@@ -176,7 +178,12 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     def train(choice: Choice) -> nn.Module:
         return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', warmup).run()
 
-    with tqdm(total=policy.evaluations, desc=f'choose ({name})', unit='net', disable=None if is_primary(args) else True) as bar:
+    about = policy.evaluations
+    if about and not sys.stderr.isatty():
+        _say(args, f'{name}: choosing by about {about} scores')
+    # where there is no terminal, a line a minute instead of a bar
+    slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': '{desc}: {n_fmt} scores, {elapsed}\n'}
+    with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
         found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
     found = [Choice({name: int(w) for name, w in widths.items()}, tuple(skips)) for widths, skips in found]
     for choice, budget in zip(found, problem.budgets, strict=True):
@@ -230,9 +237,24 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     if is_primary(args):
         _prepare_output(args, output)
     wait_for_all(args)
-    _say(args, f'{problem.space.architecture}: {len(problem.grid)} groups to search; {len(learning.train)} images train, '
-               f'{len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
+    _say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
+               f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
+    try:
+        return _run(args, problems, learning, found, options, name)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; --resume '{output}' goes on") from None
 
+
+def _run(
+        args: Namespace,
+        problems: Mapping[str, Problem],
+        learning: Problem,
+        found: Mapping[str, type[policies.Policy]],
+        options: Mapping[str, Any],
+        name: str,
+) -> list[dict[str, Any]]:
+    """The search, once it has a folder to write to."""
+    problem, output = problems[name], Path(args.output)
     chosen = {}
     for policy in dict.fromkeys([name, *(b for b in map(policies.label, args.baselines) if b != BASE)]):
         grid = problems[policy].grid
@@ -242,7 +264,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
     for row, ms in zip(rows, _times(problem, entries)):
         row['latency_ms'] = ms
-    provenance = {e.budget.text: _provenance(problem, rules[name], options[name], row)
+    provenance = {e.budget.text: _provenance(problem, args.grid or found[name].default_grid, options[name], row)
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
         for e in entries:
@@ -313,9 +335,11 @@ def _times(problem: Problem, entries: Sequence[_Entry]) -> list[float]:
     args = problem.args
     if not is_primary(args):
         return [0.] * len(entries)
-    networks = {str(i): problem.model(e.choice, args.seed) for i, e in enumerate(entries)}
+    names = [json.dumps([{n: w for n, w in e.choice.widths.items() if w != problem.space[n].size}, e.choice.skips], sort_keys=True)
+             for e in entries]
+    networks = {name: problem.model(e.choice, args.seed) for name, e in zip(names, entries)}  # what is the same, once
     times = latencies(networks, problem.space.input_size, _latency_batch(args), args.device)
-    return [round(times[str(i)], 4) for i in range(len(entries))]
+    return [round(times[name], 4) for name in names]
 
 
 def _latency_batch(args: Namespace) -> int:
@@ -406,9 +430,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     rows = search(args, found)
     if not is_primary(args):
         return
-    print_table(rows, f'{args.device}, batch {_latency_batch(args)}')
-    path = Path(args.output) if len(args.budget) == 1 else Path(args.output) / _folder_name(args.budget[0])
-    base = load_spec(path).architecture.removesuffix(SUFFIX)
-    ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
+    print_table(rows, f'{args.device}, batch {_latency_batch(args)}; medians, which other load on the machine disturbs')
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''
-    print(f"\nThe found model: {ready}; timm.create_model('local-dir:{path}'{trained})")
+    print()
+    for budget in args.budget:
+        path = Path(args.output) if len(args.budget) == 1 else Path(args.output) / _folder_name(budget)
+        base = load_spec(path).architecture.removesuffix(SUFFIX)
+        ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
+        print(f"The found model: {ready}; timm.create_model('local-dir:{path}'{trained})")
+    if args.seeds > 1 and args.epochs:
+        print(f'(its weights are those of seed {args.seed})')
