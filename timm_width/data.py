@@ -47,11 +47,18 @@ class View(Dataset):
     Args:
         images: The dataset.
         indices: Which of its images; by default all.
-        classes: Class -> the class that it is called here; by default its own.
+        classes: Class -> the class that it is called here, or other target; by default its own.
+        mode: What images are converted to.
     """
 
-    def __init__(self, images: Dataset, indices: Optional[Sequence[int]] = None, classes: Optional[Mapping[int, int]] = None):
-        self.images, self.classes, self.transform = images, classes, None
+    def __init__(
+            self,
+            images: Dataset,
+            indices: Optional[Sequence[int]] = None,
+            classes: Optional[Mapping[int, Any]] = None,
+            mode: str = 'RGB',
+    ):
+        self.images, self.classes, self.mode, self.transform = images, classes, mode, None
         self.indices = np.arange(len(images)) if indices is None else np.asarray(indices)
 
     def __len__(self) -> int:
@@ -59,8 +66,8 @@ class View(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.images[self.indices[index]]
-        if isinstance(image, Image.Image) and image.mode != 'RGB':
-            image = image.convert('RGB')
+        if isinstance(image, Image.Image) and image.mode != self.mode:
+            image = image.convert(self.mode)
         return image if self.transform is None else self.transform(image), self.classes[target] if self.classes else target
 
 
@@ -263,8 +270,10 @@ def loader(view: View, args: Namespace, config: Mapping[str, Any], training: boo
     return create_loader(
         view, config['input_size'], size, is_training=training, no_aug=args.no_aug, scale=args.scale, ratio=args.ratio,
         train_crop_mode=args.train_crop_mode, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-        auto_augment=args.aa, re_prob=args.reprob if training else 0., re_mode=args.remode, re_count=args.recount,
-        interpolation=config['interpolation'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
+        color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0., auto_augment=args.aa, re_prob=args.reprob if training else 0.,
+        re_mode=args.remode, re_count=args.recount, re_split=args.resplit,
+        interpolation=training and not args.no_aug and args.train_interpolation or config['interpolation'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'], num_workers=args.workers, device=torch.device(args.device), collate_fn=collate,
         distributed=training and world > 1, pin_memory=args.pin_mem, worker_seeding=args.worker_seeding,
         persistent_workers=False)  # new ones every epoch: their seeds then follow from the random state that a resume restores

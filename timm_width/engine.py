@@ -7,8 +7,9 @@ import json
 import os
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.loss import create_classification_loss
+from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, init_distributed_device, random_seed
@@ -33,21 +35,36 @@ from .models import register
 from .space import WidthError, nearest
 
 __all__ = [
-    'Step', 'Training', 'batch_statistics', 'create', 'data_config', 'is_primary', 'make_optimizer', 'of_primary', 'plain_step',
-    'score', 'start_processes', 'top1', 'wait_for_all',
+    'Loop', 'Step', 'Training', 'autocast', 'batch_statistics', 'create', 'data_config', 'is_primary', 'learning_rate',
+    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'random_states_of_all', 'score', 'set_random_states', 'start_processes', 'top1', 'wait_for_all',
 ]
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
-def create(name: str, num_classes: Optional[int], pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def model_arguments(args: Namespace) -> dict[str, Any]:
+    """What the flags tell timm.create_model besides the name, the classes and --pretrained."""
+    wanted = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block, 'global_pool': args.gp,
+              'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'checkpoint_path': args.initial_checkpoint}
+    overlay = {**({'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else {}), **args.pretrained_cfg_overlay}
+    return {**{k: v for k, v in wanted.items() if v}, **({'pretrained_cfg_overlay': overlay} if overlay else {}), **args.model_kwargs}
+
+
+def create(
+        name: str,
+        num_classes: Optional[int],
+        pretrained: bool = False,
+        inputs: Optional[Mapping[str, Any]] = None,
+        **kwargs: Any,
+) -> nn.Module:
     """timm.create_model whose failures are UsageErrors.
 
     Args:
         name: A timm model, or 'local-dir:FOLDER'.
         num_classes: Outputs of the classifier.
         pretrained: Whether to load weights.
+        inputs: Flags that say the size and the channels of the images, for models that must know.
         **kwargs: Further arguments of create_model.
 
     Raises:
@@ -67,7 +84,10 @@ def create(name: str, num_classes: Optional[int], pretrained: bool = False, **kw
         if saved.endswith(SUFFIX):
             register(saved.removesuffix(SUFFIX))  # those outside the table of supported models, too
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        if inputs is None:
+            return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        return timm.create_model(
+            pretrained=pretrained, **resolve_model_input_args(name, dict(inputs), num_classes=num_classes, **kwargs))
     except WidthError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, LookupError, AttributeError, ArithmeticError,
@@ -75,7 +95,6 @@ def create(name: str, num_classes: Optional[int], pretrained: bool = False, **kw
         # an unknown tag, no weights, no network, arguments that the model refuses in its own way
         reason = (str(e).strip().splitlines() or [''])[0]
         raise UsageError(f"model '{name}' cannot be built: {type(e).__name__}: {reason}") from e
-    return model
 
 
 def data_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
@@ -137,13 +156,19 @@ def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 class Step:
     """One batch (see `policies.base.Step`): what a train_step works with."""
 
-    def __init__(self, training: 'Training', images: torch.Tensor, targets: torch.Tensor):
+    def __init__(self, training: 'Loop', images: Any, targets: torch.Tensor):
         self._training = training
         self.images, self.targets = images, targets
         self.epoch, self.update = training.epoch, training.updates
-        self.progress = training.updates / training.total_updates
-        self.rng = np.random.default_rng([training.seed, training.updates])
         self.first_loss: Optional[torch.Tensor] = None
+
+    @property
+    def progress(self) -> float:
+        return self.update / self._training.total_updates
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng([self._training.seed, self.update])
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with autocast(self._training.args):
@@ -167,7 +192,135 @@ def plain_step(step: Step) -> None:
     step.backward(step.loss(step.forward()))
 
 
-class Training:
+class Scaler(torch.amp.GradScaler):
+    """Scales losses where gradients in float16 would vanish."""
+    state_dict_key = 'amp_scaler'  # in timm's checkpoints
+
+    def __init__(self, args: Namespace):
+        super().__init__('cuda', enabled=args.amp and args.amp_dtype == 'float16' and 'cuda' in args.device)
+
+
+class Loop:
+    """Epochs of batches, as search and train have in common; each says with its own class what is trained.
+
+    Args:
+        args: The flags.
+        batches: Training batches.
+        network: What is put into training mode, and called by `Step.forward`.
+        train_step: What to do with a `Step`.
+        title: What the progress bar says.
+        seed: Seed of what train_step draws; by default --seed.
+
+    Attributes:
+        optimizer, scheduler, epochs: Of timm; `make_optimizer` makes them.
+        epoch, updates: How far it is.
+    """
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    epochs: int
+
+    def __init__(
+            self,
+            args: Namespace,
+            batches: DataLoader,
+            network: nn.Module,
+            train_step: Callable[[Step], None],
+            title: str,
+            seed: Optional[int] = None,
+    ):
+        self.args, self.batches, self.network, self.train_step, self.title = args, batches, network, train_step, title
+        self.seed = args.seed if seed is None else seed
+        self.scaler = Scaler(args)
+        self.updates_per_epoch = -(-len(batches) // args.grad_accum_steps)
+        self.epoch = self.updates = 0
+        self._share = 1.  # of an update that one batch is
+
+    @property
+    def total_updates(self) -> int:
+        return self.epochs * self.updates_per_epoch
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of a loss of this batch to those of the update."""
+        self.scaler.scale(loss * self._share).backward()
+
+    def run_epoch(self, bar: tqdm) -> tuple[float, float]:
+        """Trains for one epoch.
+
+        Returns:
+            The mean loss of its images, and the learning rate of its last update.
+        """
+        self.network.train()
+        for part in (self.batches.sampler, getattr(self.batches, 'batch_sampler', None), self.batches.dataset):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(self.epoch)
+        losses, sizes, lr, count = [], [], 0., len(self.batches)
+        for i, batch in enumerate(self.batches):
+            images, targets = self.prepare(*batch)
+            accumulated = i % self.args.grad_accum_steps
+            last = accumulated == self.args.grad_accum_steps - 1 or i == count - 1
+            if accumulated == 0:
+                self.optimizer.zero_grad()
+                self._share = 1 / min(self.args.grad_accum_steps, count - i)
+            share, self._share = self._share, self.share(self._share, targets)
+            step = Step(self, images, targets)
+            with nullcontext() if last else self.no_sync():
+                self.train_step(step)
+            self._share = share
+            if step.first_loss is not None:
+                losses.append(step.first_loss)  # stays on the device: reading it would wait for the step
+                sizes.append(len(targets))
+            if last:
+                lr = self.optimizer.param_groups[0]['lr']
+                self._update()
+            self.after_batch(i, step)
+            bar.update()
+        if not losses:
+            return 0., lr
+        weights = torch.tensor(sizes, dtype=torch.float32, device=losses[0].device)
+        return float(torch.stack(losses).float() @ weights / weights.sum()), lr
+
+    def prepare(self, images: Any, targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """A batch as the network takes it."""
+        if self.args.channels_last and isinstance(images, torch.Tensor):
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets
+
+    def share(self, share: float, targets: torch.Tensor) -> float:
+        """What part of an update a batch is, where its size says more than the number of its batches."""
+        return share
+
+    def no_sync(self) -> AbstractContextManager:
+        """Around the batches of an update but the last."""
+        return nullcontext()
+
+    def clipped(self) -> Iterable[nn.Parameter]:
+        """The parameters whose gradients --clip-grad clips."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Makes the gradients of an update those of all processes, where backward has not."""
+
+    def average(self) -> None:
+        """Follows the weights with their averages, after an update."""
+
+    def after_batch(self, i: int, step: Step) -> None:
+        """Called after each batch, and after its update if it ends one."""
+
+    def _update(self) -> None:
+        args = self.args
+        self.synchronize()
+        if args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.clipped(), args.clip_grad, args.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        self.average()
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+
+
+class Training(Loop):
     """A network under training: with its optimiser, its schedule, and how far it is.
 
     Seeds first, so that the same network on the same batches ends the same; a `state_dict` holds the random states too, so
@@ -197,34 +350,23 @@ class Training:
             parameters: Sequence[nn.Parameter] = (),
             seed: Optional[int] = None,
     ):
-        self.args, self.batches, self.title, self.train_step = args, batches, title, train_step
-        self.seed = args.seed if seed is None else seed
-        random_seed(self.seed, getattr(args, 'rank', 0))
+        random_seed(args.seed if seed is None else seed, getattr(args, 'rank', 0))
+        layout = {'memory_format': torch.channels_last} if args.channels_last else {}
+        super().__init__(args, batches, network.to(args.device, **layout), train_step, title, seed)
         if hasattr(batches.sampler, 'set_epoch'):
             batches.sampler.seed = self.seed  # of several processes: one order for all of them
-        layout = {'memory_format': torch.channels_last} if args.channels_last else {}
-        self.network = network.to(args.device, **layout)
         self.parameters = [*network.parameters(), *parameters]
         self.mixing = mixes(args)
         self.criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=self.mixing).to(args.device)
-        self.updates_per_epoch = -(-len(batches) // args.grad_accum_steps)
         self.optimizer, self.scheduler, self.epochs = make_optimizer(
             network, args, epochs, self.updates_per_epoch, warmup_epochs, parameters)
-        self.total_updates = self.epochs * self.updates_per_epoch
-        scaled = args.amp and args.amp_dtype == 'float16' and 'cuda' in args.device
-        self.scaler = torch.amp.GradScaler('cuda', enabled=scaled)
-        self.ema = ModelEmaV3(network, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-        self.epoch = self.updates = 0
-        self._share = 1.  # of an update that one batch is
+        self.ema = ModelEmaV3(network, args.model_ema_decay, use_warmup=args.model_ema_warmup,
+                              device='cpu' if args.model_ema_force_cpu else None) if args.model_ema else None
 
     @property
     def result(self) -> nn.Module:
         """The network to score and save: of averaged weights, where these are kept."""
         return self.network if self.ema is None else self.ema.module
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a loss of this batch to those of the update."""
-        self.scaler.scale(loss * self._share).backward()
 
     def run(
             self,
@@ -262,60 +404,33 @@ class Training:
         return self.result
 
     def _run_epoch(self, bar: tqdm) -> tuple[float, float]:
-        args, network = self.args, self.network
-        network.train()
-        if hasattr(self.batches.sampler, 'set_epoch'):
-            self.batches.sampler.set_epoch(self.epoch)
+        args = self.args
         if self.mixing:
             self.batches.mixup_enabled = not args.mixup_off_epoch or self.epoch < args.mixup_off_epoch
-        losses, lr, count = [], 0., len(self.batches)
-        for i, (images, targets) in enumerate(self.batches):
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            accumulated = i % args.grad_accum_steps
-            if accumulated == 0:
-                self.optimizer.zero_grad()
-                self._share = 1 / min(args.grad_accum_steps, count - i)
-            step = Step(self, images, targets)
-            self.train_step(step)
-            if step.first_loss is not None:
-                losses.append(step.first_loss)  # stays on the device: reading it would wait for the step
-            if accumulated == args.grad_accum_steps - 1 or i == count - 1:
-                lr = self.optimizer.param_groups[0]['lr']
-                self._update()
-            bar.update()
+        loss, lr = self.run_epoch(bar)
         if self.scheduler is not None:
             self.scheduler.step(self.epoch + 1)
         if getattr(args, 'world_size', 1) > 1:
-            for net in dict.fromkeys((network, self.result)):  # in this order in every process
+            for net in dict.fromkeys((self.network, self.result)):  # in this order in every process
                 distribute_bn(net, args.world_size, reduce=True)
-        return float(torch.stack(losses).float().mean()) if losses else 0., lr
+        return loss, lr
 
-    def _update(self) -> None:
-        args = self.args
-        if getattr(args, 'world_size', 1) > 1:
+    def clipped(self) -> Iterable[nn.Parameter]:
+        return self.parameters
+
+    def synchronize(self) -> None:
+        if getattr(self.args, 'world_size', 1) > 1:
             _average_gradients(self.parameters)
-        if args.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.parameters, args.clip_grad, args.clip_mode)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.updates += 1
+
+    def average(self) -> None:
         if self.ema is not None:
             self.ema.update(self.network, step=self.updates)
-        if self.scheduler is not None:
-            self.scheduler.step_update(self.updates)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _save(self, path: Path, extra: Optional[Any]) -> None:
         """Writes where the training is, beside and then over what is there."""
-        states = _random_states()
-        if getattr(self.args, 'world_size', 1) > 1:
-            everywhere: list[Any] = [None] * self.args.world_size
-            distributed.all_gather_object(everywhere, states)
-        else:
-            everywhere = [states]
+        everywhere = random_states_of_all(self.args)
         if not is_primary(self.args):
             return
         state = {
@@ -346,7 +461,7 @@ class Training:
             raise UsageError(
                 f"'{path}' is not a checkpoint of this training: {reason}; --overwrite instead of --resume starts anew") from e
         self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
-        _set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
+        set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
 
 
 def _read_state(path: Path, device: str) -> dict[str, Any]:
@@ -356,6 +471,15 @@ def _read_state(path: Path, device: str) -> dict[str, Any]:
         raise ValueError('it is damaged') from e
 
 
+def learning_rate(args: Namespace) -> float:
+    """--lr, or what timm derives from --lr-base and the images per update."""
+    if args.lr is not None:
+        return args.lr
+    adaptive = any(word in args.opt.lower() for word in ('ada', 'lamb'))
+    ratio = args.batch_size * args.grad_accum_steps * getattr(args, 'world_size', 1) / args.lr_base_size
+    return args.lr_base * (ratio ** 0.5 if (args.lr_base_scale or ('sqrt' if adaptive else 'linear')) == 'sqrt' else ratio)
+
+
 def make_optimizer(
         network: nn.Module,
         args: Namespace,
@@ -363,6 +487,7 @@ def make_optimizer(
         updates: int,
         warmup_epochs: Optional[float] = None,
         further: Sequence[nn.Parameter] = (),
+        plateau: bool = False,
 ) -> tuple:
     """timm's optimiser and schedule, and the number of epochs with what the schedule adds.
 
@@ -373,19 +498,15 @@ def make_optimizer(
         updates: Optimiser steps per epoch.
         warmup_epochs: Epochs of rising learning rate; by default --warmup-epochs.
         further: Parameters to add, without weight decay.
+        plateau: Whether a validation metric will be there for --sched plateau.
 
     Raises:
         UsageError: There is no such optimiser or schedule, or it does not take these values.
     """
-    if args.sched == 'plateau':
+    if args.sched == 'plateau' and not plateau:
         raise UsageError('--sched plateau follows a validation accuracy, and there is none while this trains: give another')
-    lr = args.lr
-    if lr is None:  # as timm derives it
-        adaptive = any(word in args.opt.lower() for word in ('ada', 'lamb'))
-        ratio = args.batch_size * args.grad_accum_steps * getattr(args, 'world_size', 1) / args.lr_base_size
-        lr = args.lr_base * (ratio ** 0.5 if (args.lr_base_scale or ('sqrt' if adaptive else 'linear')) == 'sqrt' else ratio)
     try:
-        optimizer = create_optimizer_v2(network, **{**optimizer_kwargs(args), 'lr': lr, **args.opt_kwargs})
+        optimizer = create_optimizer_v2(network, **{**optimizer_kwargs(args), 'lr': learning_rate(args), **args.opt_kwargs})
         if further:
             optimizer.add_param_group({'params': list(further), 'weight_decay': 0.})
         schedule = {**scheduler_kwargs(args), 'num_epochs': epochs}
@@ -396,7 +517,8 @@ def make_optimizer(
         raise UsageError(f'--opt {args.opt} --sched {args.sched}: {e}') from e
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """What the next random numbers of this process depend on."""
     name, keys, *rest = np.random.get_state()
     return {
         'torch': torch.get_rng_state(), 'python': random.getstate(),
@@ -404,7 +526,17 @@ def _random_states() -> dict[str, Any]:
         'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def random_states_of_all(args: Namespace) -> list[dict[str, Any]]:
+    """Those of every process, in each of them."""
+    if getattr(args, 'world_size', 1) < 2:
+        return [random_states()]
+    found: list[Any] = [None] * args.world_size
+    distributed.all_gather_object(found, random_states())
+    return found
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Sets what `random_states` gave."""
     torch.set_rng_state(states['torch'].cpu())
     version, keys, gauss = states['python']
     random.setstate((version, tuple(keys), gauss))

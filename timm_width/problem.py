@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .cost import Budget, Macs, Params
 from .data import UsageError, View, loader, open_splits, shrink, split_holdout
-from .engine import create, data_config, make_optimizer
+from .engine import create, data_config, make_optimizer, model_arguments
 from .grids import make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
@@ -75,8 +75,7 @@ class Problem:
 
 def base_model(args: Namespace) -> nn.Module:
     """The model that the flags ask for."""
-    wanted = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, 'global_pool': args.gp}
-    return create(args.model, args.num_classes, args.pretrained, **{k: v for k, v in wanted.items() if v}, **args.model_kwargs)
+    return create(args.model, args.num_classes, args.pretrained, **model_arguments(args))
 
 
 def parse_proxy(text: str) -> Proxy:

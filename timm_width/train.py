@@ -1,83 +1,193 @@
-"""Trains a timm model, plain or searched, with timm's data, optimisers and schedules.
+"""Trains a timm model, plain or searched; takes every command line of timm's own train.py, and writes the same files.
 
-    python train.py --model local-dir:runs/x --dataset digits --epochs 20 --output runs/y
+    python train.py --data-dir flowers --model resnet18 --num-classes 5 --epochs 100 --output runs
+    python train.py --data-dir flowers --model local-dir:runs/x --kd-model-name resnet50 --save-pretrained runs/y
 
-Flags that timm's train.py has too mean the same. This is a first form. Not there yet: the rest of timm's flags (mixup, EMA,
-gradient accumulation, channels-last, torch.compile, distillation, -c YAML files, ...), checkpoints and --resume, several
-processes. --output is the folder itself, with config.json, model.safetensors, args.yaml and one row per epoch in summary.csv.
+A run's folder is OUTPUT/EXPERIMENT, or one named by time, model and image size, with args.yaml (for -c), summary.csv and
+checkpoints: last.pth.tar, checkpoint-N, model_best, and where asked for milestone-N and recovery-E-B. With `--resume auto
+--experiment NAME` the same command starts a run, and goes on with it after a kill. Runs under torchrun, too.
 """
+import importlib
+import json
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-from timm.models import save_for_hf
-from timm.utils import random_seed, update_summary
+import torch
+from timm.data import resolve_input_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.task import TrainingTask
+from timm.utils import random_seed, set_jit_fuser, unwrap_model
+from torch import nn
 
-from .arguments import Parser, add_arguments, check_arguments, check_output, write_args
-from .config import SUFFIX, load_spec, save
-from .data import DEFAULTS, View, loader, open_splits
-from .engine import Training, create, data_config, top1
+from . import commandline
+from .checkpoints import Checkpoints, checkpoint_path, make_folder, resume, resume_average
+from .data import UsageError
+from .engine import is_primary, learning_rate, make_optimizer, start_processes
+from .output import publish
+from .start import build_model, load_start
+from .task_training import TaskTraining
+from .tasks import make_task
+from .training_data import default_classes, make_loaders, open_datasets
 
-__all__ = ['main', 'train']
+__all__ = ['main', 'parse', 'train']
 
-RESULTS = ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv')
-
-
-def parse(argv: Optional[Sequence[str]] = None) -> Namespace:
-    """Reads the flags; an embedded dataset brings defaults of its own."""
-    first = Parser(add_help=False)
-    first.add_argument('--dataset')
-    known, _ = first.parse_known_args(argv)
-    parser = Parser(prog='timm-width train', description=__doc__)
-    add_arguments(parser)
-    parser.add_argument('--output', required=True, metavar='FOLDER', help='new or empty folder for the results')
-    parser.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
-    parser.set_defaults(**DEFAULTS.get(known.dataset, {}))
-    return parser.parse_args(argv)
+_logger = logging.getLogger(__name__)
 
 
-def train(args: Namespace) -> float:
-    """Runs a training.
+def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, str]:
+    """Reads a command line.
 
     Returns:
-        Top-1 accuracy on the validation images after the last epoch.
+        The flags, and the text of args.yaml.
     """
-    check_arguments(args)
-    check_output(Path(args.output), args.overwrite, args.model)
-    splits = open_splits(args)
-    random_seed(args.seed)
-    model = create(args.model, args.num_classes, args.pretrained)
-    if args.model.startswith('local-dir:') and not args.pretrained:
-        print(f"training from random weights; --pretrained goes on from those in '{args.model.partition(':')[2]}'", flush=True)
-    if 0 < args.epochs <= args.warmup_epochs:
-        print(f'all {args.epochs} epochs are warm-up: --warmup-epochs is {args.warmup_epochs}', flush=True)
-    config = data_config(args, model)
-    batches = loader(View(splits.train), args, config, training=True)
-    validation = loader(View(splits.validation), args, config, training=False)
+    return commandline.parse(argv, __doc__)
 
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in RESULTS:
-        (output / name).unlink(missing_ok=True)
-    write_args(args, output)
-    accuracy = 0.
 
-    def after_epoch(training: Training, loss: float, lr: float) -> None:
-        nonlocal accuracy
-        accuracy, epoch = top1(training.result, validation, args), training.epoch - 1
-        update_summary(epoch, {'loss': loss}, {'top1': accuracy}, output / 'summary.csv', lr=lr)
-        print(f'epoch {epoch}: loss {loss:.4f}, top-1 {accuracy:.2f} %', flush=True)
+def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
+    """Runs a training.
 
-    model = Training(model, batches, args, args.epochs, args.model).run(after_epoch=after_epoch)
-    if model.pretrained_cfg['architecture'].endswith(SUFFIX):
-        source, _, path = args.model.partition(':')
-        save(model, output, load_spec(path).provenance if source == 'local-dir' else None, data_config=config)
-    else:
-        save_for_hf(model, output, safe_serialization=True, data_config=config)
-    return accuracy
+    Random numbers are drawn in the order of timm's script: model, loaders, task, then epoch by epoch.
+
+    Args:
+        args: The flags.
+        text: Of args.yaml.
+
+    Returns:
+        What each epoch gave: its number and its metrics.
+    """
+    _prepare(args)
+    random_seed(args.seed, args.rank)
+    model = build_model(args, args.num_classes or default_classes(args))
+    args.num_classes = args.num_classes or model.num_classes
+    load_start(model, args)
+    try:
+        config = resolve_input_data_config(model, vars(args))
+    except (ValueError, AssertionError) as e:
+        raise UsageError(str(e)) from e
+    model = _convert(model, args)
+    datasets = open_datasets(args, config['input_size'][0])
+    batches, validation, mixup = make_loaders(args, config, *datasets, model)
+    task = make_task(model, args)
+    if validation is not None and args.eval_metric not in task.create_evaluator().metric_names:
+        raise UsageError(f'--eval-metric must be one of {", ".join(task.create_evaluator().metric_names)}, not {args.eval_metric}')
+
+    args.lr = learning_rate(args)
+    optimizer = make_optimizer(task.get_trainable_module(), args, args.epochs, -(-len(batches) // args.grad_accum_steps), plateau=True)
+    if args.stop_epoch is not None and not 1 <= args.stop_epoch <= optimizer[2]:
+        raise UsageError(f'--stop-epoch must be from 1 to the {optimizer[2]} epochs of the schedule, not {args.stop_epoch}')
+    training = TaskTraining(task, batches, args, optimizer, mixup)
+    path, epoch, random_states = checkpoint_path(args), None, None
+    if path:
+        epoch, random_states = resume(path, task, args, training.optimizer, training.scaler)
+    if args.model_ema:
+        task.setup_ema(args.model_ema_decay, args.model_ema_warmup, torch.device('cpu') if args.model_ema_force_cpu else None)
+        if path:
+            resume_average(path, task)
+    _compile(task, args)
+    if args.distributed:
+        task.prepare_distributed([torch.device(args.device)] if 'cuda' in args.device else None, broadcast_buffers=not args.no_ddp_bb)
+
+    start = args.start_epoch if args.start_epoch is not None else epoch or 0
+    if is_primary(args):
+        training.folder = make_folder(args, text, config['input_size'][-1], start)
+        _say(args, f'{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
+                   f'{len(batches)} batches of {args.batch_size} an epoch; {training.folder}')
+    checkpoints = Checkpoints(task, training.optimizer, training.scaler, args, training.folder,
+                              decreasing=validation is None or args.eval_metric == 'loss')
+    checkpoints.restore(path)
+    training.recover = checkpoints.save_recovery
+    if training.scheduler is not None and start > 0:
+        if args.sched_on_updates:
+            training.scheduler.step_update(start * training.updates_per_epoch)
+        else:
+            training.scheduler.step(start)
+    wandb = _start_wandb(args)
+    results, best, best_epoch = training.train(validation, checkpoints, start, random_states, wandb)
+    if best is not None:
+        _say(args, f'best {args.eval_metric if validation is not None else "loss"}: {best:.4f} (epoch {best_epoch})')
+    if is_primary(args):
+        ema = task.has_ema()
+        publish(unwrap_model(unwrap_model(task.get_eval_model(ema=ema))), args, config, results)
+    return results
+
+
+def _prepare(args: Namespace) -> None:
+    """Modules, devices and processes, before anything is built."""
+    for name in args.device_modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise UsageError(f"--device-modules '{name}' cannot be imported: {e}") from None
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    start_processes(args)
+    args.prefetcher = not args.no_prefetcher
+    if args.sync_bn and args.distributed and 'cuda' not in args.device:
+        raise UsageError('--sync-bn needs GPUs: torch has no such batch norm for the CPU')
+    if args.torchscript and (args.torchcompile or args.sync_bn):
+        raise UsageError('--torchscript goes with neither --torchcompile nor --sync-bn')
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+
+
+def _convert(model: nn.Module, args: Namespace) -> nn.Module:
+    """Batch norms, device, type and layout."""
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=args.device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # they agree already
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:  # of many kinds
+            raise UsageError(f'--torchscript: {args.model} cannot be scripted: {str(e).strip().splitlines()[0]}') from e
+    return model
+
+
+def _compile(task: TrainingTask, args: Namespace) -> None:
+    if args.torchcompile:
+        try:
+            task.compile(args.torchcompile, args.torchcompile_mode)
+            if task.has_ema() and not args.model_ema_force_cpu:
+                task.compile_ema(args.torchcompile, args.torchcompile_mode)
+        except (RuntimeError, ValueError, ImportError) as e:
+            raise UsageError(f'--torchcompile {args.torchcompile}: {str(e).strip().splitlines()[0]}') from e
+
+
+def _start_wandb(args: Namespace) -> bool:
+    """Starts a run of wandb, if that is asked for and installed."""
+    if not args.log_wandb or not is_primary(args):
+        return False
+    try:
+        import wandb
+    except ImportError:
+        _logger.warning('--log-wandb: wandb is not installed, so nothing is logged there (pip install wandb)')
+        return False
+    wandb.init(project=args.wandb_project, name=args.experiment or None, config=vars(commandline.said(args)), tags=args.wandb_tags,
+               resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
+    return True
+
+
+def _say(args: Namespace, text: str) -> None:
+    if is_primary(args):
+        print(text, flush=True)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Parses and trains."""
-    train(parse(argv))
+    """Parses, trains, and prints the best epochs as JSON, the best one last."""
+    args, text = parse(argv)
+    results = train(args, text)
+    if is_primary(args):
+        name = args.eval_metric
+        found = sorted(results, key=lambda r: r.get('validation', r['train']).get(name, 0), reverse=name == 'loss')
+        print(f'--result\n{json.dumps(found[-10:], indent=4)}')

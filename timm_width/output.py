@@ -1,0 +1,104 @@
+"""What train makes of a final model: a folder, a repository on the Hub, its latency."""
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import push_to_hf_hub, save_for_hf
+from torch import nn
+
+from .config import FORMAT, SUFFIX, fingerprint, save
+from .data import UsageError
+from .latency.measure import describe_device, latencies
+from .start import provenance_of
+
+__all__ = ['publish']
+
+CARD = """---
+tags:
+- image-classification
+- timm
+library_name: timm
+---
+# {name}
+
+{what}
+
+```python
+import timm{plugin}
+
+model = timm.create_model('{source}', pretrained=True)
+```
+{results}"""
+
+
+def publish(model: nn.Module, args: Namespace, config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Does what --latency-backend, --save-pretrained and --push-to-hub ask for.
+
+    Args:
+        model: The final model.
+        args: The flags.
+        config: timm's data config that it was trained with.
+        results: What each epoch gave.
+    """
+    if args.latency_backend:
+        _time(model, args, config)
+    if not args.save_pretrained and not args.push_to_hub:
+        return
+    if not hasattr(model, 'pretrained_cfg'):
+        raise UsageError('--save-pretrained and --push-to-hub need a timm model, not one under --torchscript')
+    searched = _architecture(model).endswith(SUFFIX)
+    if args.save_pretrained:
+        folder = Path(args.save_pretrained)
+        if searched:
+            save(model, folder, provenance_of(args), data_config=config)
+        else:
+            save_for_hf(model, folder, safe_serialization=True, data_config=dict(config))
+        (folder / 'README.md').write_text(_card(model, f'local-dir:{folder}', results), encoding='utf-8')
+        print(f"saved: {'import timm_width; ' * searched}timm.create_model('local-dir:{folder}', pretrained=True)", flush=True)
+    if args.push_to_hub:
+        further = {'model_config': {'timm_width': provenance_of(args)},
+                   'model_args': {'format': FORMAT, 'shapes': fingerprint(model)}} if searched else {}
+        try:
+            push_to_hf_hub(model, args.push_to_hub, safe_serialization=True, data_config=dict(config), model_card={
+                'description': _what(model)}, **further)
+        except Exception as e:  # of the network, of rights
+            raise UsageError(f"--push-to-hub '{args.push_to_hub}': {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
+        print(f"pushed: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)", flush=True)
+
+
+def _architecture(model: nn.Module) -> str:
+    return model.pretrained_cfg.get('architecture') or type(model).__name__
+
+
+def _what(model: nn.Module) -> str:
+    name, count = _architecture(model), sum(p.numel() for p in model.parameters()) / 1e6
+    if not name.endswith(SUFFIX):
+        return f'{name}, {count:.2f} M parameters.'
+    return f'{name.removesuffix(SUFFIX)} with searched widths (timm_width): {count:.2f} M parameters.'
+
+
+def _card(model: nn.Module, source: str, results: Sequence[Mapping[str, Any]]) -> str:
+    metrics = results[-1].get('validation', {}) if results else {}
+    told = ''.join(f'\n- {k}: {v:.4f}' for k, v in metrics.items())
+    return CARD.format(
+        name=_architecture(model), what=_what(model), plugin=', timm_width' * _architecture(model).endswith(SUFFIX), source=source,
+        results=f'\nAfter epoch {results[-1]["epoch"]}, on the validation images:\n{told}\n' if told else '')
+
+
+def _time(model: nn.Module, args: Namespace, config: Mapping[str, Any]) -> None:
+    """Prints milliseconds per image of the model and of its base."""
+    name = _architecture(model)
+    networks = {name: model}
+    if name.endswith(SUFFIX):
+        networks[name.removesuffix(SUFFIX)] = timm.create_model(
+            name.removesuffix(SUFFIX), num_classes=model.num_classes, in_chans=model.in_chans).to(next(model.parameters()).dtype)
+    batch = 16 if 'cuda' in args.device else 1
+    found = latencies(networks, config['input_size'], batch, args.device)
+    print(f"\nlatency ({args.latency_backend}, batch {batch}, {describe_device(args.device)['device']}):")
+    for network, ms in found.items():
+        print(f'  {network:<40}{ms:8.3f} ms per image {ms / list(found.values())[-1]:6.1%}', flush=True)
+    if 'cuda' in args.device:
+        torch.cuda.empty_cache()
