@@ -36,6 +36,7 @@ def arguments(*more: str) -> Namespace:
     parser = Parser()
     add_arguments(parser)
     return parser.parse_args(['-b', '8', '--device', 'cpu', '-j', '0', '--lr', '0.05', '--warmup-epochs', '1', '--num-classes', '3',
+                              '--train-interpolation', '',
                               *more])
 
 

@@ -24,8 +24,9 @@ ORDER = [
     {'models', 'models.width_nets', 'models.make_supported'},
     {'data'},
     {'arguments', 'grids', 'latency.measure', 'report'},
-    {'engine'},
-    {'holdout', 'problem'},
+    {'commandline', 'engine'},
+    {'checkpoints', 'holdout', 'problem', 'start', 'tasks', 'training_data'},
+    {'output', 'task_training'},
     {'conformance', 'export', 'search', 'train'},
     {'cli'},
 ]

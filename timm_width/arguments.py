@@ -6,6 +6,7 @@ those that only train has (`add_train_arguments`). `add_own_arguments` are train
 import os
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
@@ -35,7 +36,8 @@ RANGES: dict[str, tuple[Optional[float], Optional[float]]] = {
 TRAIN_RANGES = {
     **RANGES, 'num_classes': (1, None), 'in_chans': (1, None), 'checkpoint_hist': (1, None), 'val_interval': (1, None),
     'log_interval': (1, None), 'recovery_interval': (0, None), 'aug_splits': (0, None), 'tta': (0, None), 'start_epoch': (0, None),
-    'train_batches_per_epoch': (1, None), 'multilabel_threshold': (0, 1), 'kd_temperature': (0, None), 'teacher_img_size': (1, None),
+    'train_batches_per_epoch': (1, None), 'multilabel_threshold': (0, 1), 'kd_temperature': (0, None),
+    'teacher_img_size': (1, None),
 }
 CHOICES = {  # timm's parser leaves these to fail later
     'amp_dtype': ('float16', 'bfloat16'), 'clip_mode': ('norm', 'value', 'agc'), 'lr_base_scale': ('', 'linear', 'sqrt'),
@@ -76,7 +78,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add('--val-split', default='validation', metavar='NAME', help='split to validate on')
     add('--dataset-download', action='store_true', help='download the dataset, where timm can')
     add('--class-map', default='', type=str, metavar='FILE', help='class name to index, one name a line')
-    add('--input-img-mode', type=str, metavar='MODE', help='PIL mode that images are converted to (default: RGB, or L for one channel)')
+    add('--input-img-mode', type=str, metavar='MODE',
+        help='PIL mode that images are converted to (default: RGB, or L for one channel)')
     add('--input-key', type=str, metavar='KEY', help='where a dataset keeps its images')
     add('--target-key', type=str, metavar='KEY', help='where a dataset keeps its labels')
     add('--dataset-trust-remote-code', action='store_true', help='let a dataset of the Hub run its code')
@@ -103,7 +106,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add('--std', type=float, nargs='+', metavar='STD', help="pixel deviation (default: the model's)")
     add('--interpolation', default='', type=str, metavar='NAME', help="resizing (default: the model's)")
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per step and process')
-    add('-vb', '--validation-batch-size', type=int, metavar='N', help='images per step when nothing is trained (default: --batch-size)')
+    add('-vb', '--validation-batch-size', type=int, metavar='N',
+        help='images per step when nothing is trained (default: --batch-size)')
     add('--channels-last', action='store_true', help='channels-last memory layout')
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per optimiser step')
     add('--fast-norm', action='store_true', help='normalisations in lower precision under --amp')
@@ -112,7 +116,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     add = parser.add_argument_group('device').add_argument
     add('--device', default='cuda', type=str, metavar='NAME', help='torch device')
-    add('--device-modules', nargs='+', type=str, metavar='MODULE', help='Python modules to import first: devices, or models of yours')
+    add('--device-modules', nargs='+', type=str, metavar='MODULE',
+        help='Python modules to import first: devices, or models of yours')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', type=str, metavar='NAME', help='lower precision of --amp: float16 or bfloat16')
 
@@ -196,11 +201,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def add_train_arguments(parser: ArgumentParser) -> None:
     """Adds the flags of timm's train.py that only train has."""
     add = parser.add_argument_group('task and loss').add_argument
-    add('--task', type=str, default='classification', choices=['classification', 'multilabel'], help='one class per image, or any number')
+    add('--task', type=str, default='classification', choices=['classification', 'multilabel'],
+        help='one class per image, or any number')
     add('--target-format', type=str, metavar='NAME', help='how labels are written: indices, or multihot (--task multilabel)')
-    add('--multilabel-threshold', type=float, default=0.5, metavar='P', help='probability from which a label counts as found, for F1')
+    add('--multilabel-threshold', type=float, default=0.5, metavar='P',
+        help='probability from which a label counts as found, for F1')
     add('--loss', type=str, metavar='NAME', help=f"{', '.join(LOSS_TYPES)} (default: ce, or bce for multilabel)")
-    add('--loss-pos-weight', type=str, metavar='W', help='weight of positives: a number, list, file, or neg_pos (needs --class-stats)')
+    add('--loss-pos-weight', type=str, metavar='W',
+        help='weight of positives: a number, list, file, or neg_pos (needs --class-stats)')
     add('--loss-class-weight', type=str, metavar='W', help='weight of classes: list, file, inv_freq or effective_num')
     add('--loss-weight-power', type=float, metavar='X', help='power of computed weights (default: 1)')
     add('--class-stats', type=str, metavar='FILE', help="JSON with the classes' pos_counts and num_samples")
@@ -228,7 +236,8 @@ def add_train_arguments(parser: ArgumentParser) -> None:
     add('--train-img-sizes', type=int, nargs='+', metavar='N', help='sides that training images take in turn')
     add('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each of these sides')
     add('--train-size-probs', type=float, nargs='+', metavar='P', help='how often each side comes')
-    add('--train-size-schedule', type=str, default='constant', choices=['constant', 'progressive'], help='or from the first side to the last')
+    add('--train-size-schedule', type=str, default='constant', choices=['constant', 'progressive'],
+        help='or from the first side to the last')
     add('--train-size-schedule-spread', type=float, default=0.65, metavar='X', help='how wide the progress is, in sides')
     add('--train-size-random-mix', type=float, default=0.1, metavar='PART', help='part of the batches with any side')
     add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N', help='batches of an epoch')
@@ -257,24 +266,27 @@ def add_train_arguments(parser: ArgumentParser) -> None:
     add('--local_rank', type=int, default=0, metavar='N', help='set by old launchers')
     add('--sync-bn', action='store_true', help='batch norms see the batches of all processes')
     add('--dist-bn', type=str, default='reduce', metavar='HOW',
-        help='after an epoch the statistics of batch norms become their mean (reduce), those of the first process (broadcast), or stay')
+        help='after an epoch batch norms take the mean statistics of all processes (reduce), or those of the first (broadcast)')
     add('--split-bn', action='store_true', help='batch norms of their own for each augmentation split')
 
     add = parser.add_argument_group('distillation').add_argument
     add('--kd-model-name', type=str, metavar='NAME', help='teacher, a timm model with weights; it turns distillation on')
-    add('--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'], help='what the student learns from it')
+    add('--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'],
+        help='what the student learns from it')
     add('--kd-loss-type', type=str, default='kl', metavar='NAME', help='loss between logits: kl')
     add('--distill-loss-weight', type=float, metavar='W', help='weight of the distillation')
     add('--task-loss-weight', type=float, metavar='W', help='weight of the classification')
     add('--kd-temperature', type=float, default=4.0, metavar='T', help='softmax temperature')
     add('--kd-student-feature-dim', type=int, metavar='N', help="width of the student's features (default: found)")
     add('--kd-teacher-feature-dim', type=int, metavar='N', help="width of the teacher's features (default: found)")
-    add('--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'], help="the teacher's probabilities, or its answer")
+    add('--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'],
+        help="the teacher's probabilities, or its answer")
 
     add = parser.add_argument_group('checkpoints, logs and output').add_argument
     add('--output', default='', type=str, metavar='FOLDER', help='folder of all runs (default: ./output/train)')
     add('--experiment', default='', type=str, metavar='NAME', help='folder of this run in it (default: time, model and image size)')
-    add('--resume', default='', type=str, metavar='FILE', help="checkpoint to go on from; 'auto' is the last one of --experiment, if any")
+    add('--resume', default='', type=str, metavar='FILE',
+        help="checkpoint to go on from; 'auto' is the last one of --experiment, if any")
     add('--no-resume-opt', action='store_true', help='with a new optimiser')
     add('--start-epoch', type=int, metavar='N', help='first epoch (default: 0, or the next one)')
     add('--stop-epoch', type=int, metavar='N', help='stop after N epochs, with the schedule of --epochs')
@@ -295,15 +307,19 @@ def add_own_arguments(parser: ArgumentParser) -> None:
     """Adds the flags of train that timm's train.py does not have; left alone, they leave no trace in what a run writes."""
     add = parser.add_argument_group('widths (not in timm)').add_argument
     add('--widths', metavar='PATH', help='config.json of a search, or its folder: --model takes the widths found')
-    add('--inherit', metavar='FILE', help="start from a search's shared network (search/POLICY.pth.tar) or from a checkpoint of the "
+    add('--inherit', metavar='FILE',
+        help="start from a search's shared network (search/POLICY.pth.tar) or from a checkpoint of the "
         'base: its channels are cut to the widths')
-    add('--importance', choices=IMPORTANCE, metavar='NAME', help=f"which channels --inherit and --pretrained keep: the most important "
+    add('--importance', choices=IMPORTANCE, metavar='NAME',
+        help=f"which channels --inherit and --pretrained keep: the most important "
         f"by {', '.join(IMPORTANCE)} (default: the first ones, as a search does)")
-    add('--finetune-from', metavar='PATH', help='start from trained weights of the same shapes: a saved model\'s folder (which then is '
+    add('--finetune-from', metavar='PATH',
+        help='start from trained weights of the same shapes: a saved model\'s folder (which then is '
         '--model, too) or a checkpoint; another number of classes gets a new classifier')
     add('--teacher-img-size', type=int, metavar='N', help="side of the images that --kd-model-name sees (default: the student's)")
     add('--latency-backend', choices=['torch'], metavar='NAME', help='time the final model next to its base: torch')
-    add('--save-pretrained', metavar='FOLDER', help="save the final model for timm.create_model('local-dir:FOLDER', pretrained=True)")
+    add('--save-pretrained', metavar='FOLDER',
+        help="save the final model for timm.create_model('local-dir:FOLDER', pretrained=True)")
     add('--push-to-hub', metavar='OWNER/NAME', help='and to the Hugging Face Hub')
 
 
@@ -311,7 +327,7 @@ OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', '
 
 
 def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> None:
-    """Refuses values that would fail later: numbers out of range, unknown names, no such device.
+    """Refuses values that would fail later: numbers out of range, unknown names, no such device; imports --device-modules.
 
     Raises:
         UsageError: With the flag, its value and what would be right.
@@ -325,7 +341,8 @@ def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> No
             raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
-            raise UsageError(f"--{name.replace('_', '-')} must be {' or '.join(c for c in choices if c)}, not '{getattr(args, name)}'")
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} must be {' or '.join(filter(None, choices))}, not '{getattr(args, name)}'")
     for name in ('scale', 'ratio'):
         pair = getattr(args, name)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] or name == 'scale' and pair[1] > 1:
@@ -333,6 +350,11 @@ def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> No
                              f"not {' '.join(f'{x:g}' for x in pair)}")
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UsageError(f'--cutmix-minmax needs two numbers, not {len(args.cutmix_minmax)}')
+    for name in args.device_modules or ():
+        try:
+            import_module(name)
+        except ImportError as e:
+            raise UsageError(f"--device-modules '{name}' cannot be imported: {e}") from None
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:

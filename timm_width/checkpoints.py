@@ -69,6 +69,11 @@ class Checkpoints:
         if self.saver and path and Path(path).resolve().parent == Path(self.saver.checkpoint_dir).resolve():
             self.saver.load_state_dict_from_checkpoint(path)
 
+    @property
+    def best(self) -> tuple[Optional[float], Optional[int]]:
+        """The best metric so far, and its epoch; in the first process."""
+        return (self.saver.best_metric, self.saver.best_epoch) if self.saver else (None, None)
+
     def save(self, epoch: int, metric: Optional[float]) -> tuple[Optional[float], Optional[int]]:
         """Saves the state after an epoch.
 
@@ -122,8 +127,8 @@ def resume(path: str, task: TrainingTask, args: Namespace, optimizer: Any, scale
     """
     try:
         epoch = resume_task_checkpoint(
-            task, path, None if args.no_resume_opt else optimizer, scaler if scaler.is_enabled() and not args.no_resume_opt else None,
-            log_info=False)
+            task, path, None if args.no_resume_opt else optimizer,
+            scaler if scaler.is_enabled() and not args.no_resume_opt else None, log_info=False)
         found = load_checkpoint_metadata(path).get(RANDOM)
     except Exception as e:  # unpickling fails in many ways
         raise _refused(path, e) from e

@@ -27,7 +27,8 @@ _locks: list[Any] = []  # held until this process ends
 def make_parser(description: str = '') -> Parser:
     """The parser of all flags of train but -c."""
     parser = Parser(prog='timm-width train', description=description)
-    parser.add_argument('-c', '--config', default=SUPPRESS, metavar='FILE', help='YAML file of flags, for those that are not given here')
+    parser.add_argument('-c', '--config', default=SUPPRESS, metavar='FILE',
+                        help='YAML file of flags, for those that are not given here')
     add_arguments(parser)
     add_train_arguments(parser)
     add_own_arguments(parser)
@@ -182,9 +183,10 @@ def _resolve(args: Namespace, given: set[str]) -> None:
     if args.model_dtype and not isinstance(getattr(torch, args.model_dtype, None), torch.dtype):
         raise UsageError(f"--model-dtype '{args.model_dtype}' is no type: bfloat16, float16 or float32")
     if args.resume == 'auto' and not args.experiment:
-        raise UsageError("--resume auto needs --experiment: the folder that it goes on in")
+        raise UsageError('--resume auto needs --experiment: the folder that it goes on in')
     if args.importance and not args.inherit and not (args.widths and args.pretrained):
-        raise UsageError('--importance ranks the channels of weights that are cut: it needs --inherit, or --widths with --pretrained')
+        raise UsageError('--importance ranks the channels of weights that are cut: it needs --inherit, '
+                         'or --widths with --pretrained')
     if args.finetune_from and 'model' not in given and (Path(args.finetune_from) / 'config.json').is_file():
         args.model = f'local-dir:{args.finetune_from}'
     if args.inherit and args.finetune_from:
@@ -206,7 +208,8 @@ def criterion_kwargs(args: Namespace, num_classes: Optional[int]) -> dict[str, A
         ValueError: Weights are of another number of classes, or cannot be read.
     """
     stats, power = load_class_stats(args.class_stats), 1. if args.loss_weight_power is None else args.loss_weight_power
-    weights = {kind: resolve_class_weights(getattr(args, f'loss_{kind}'), kind, stats, power) for kind in ('class_weight', 'pos_weight')}
+    weights = {kind: resolve_class_weights(getattr(args, f'loss_{kind}'), kind, stats, power)
+               for kind in ('class_weight', 'pos_weight')}
     for kind, w in weights.items():
         if isinstance(w, torch.Tensor) and num_classes is not None and len(w) != num_classes:
             raise ValueError(f"--loss-{kind.replace('_', '-')} has {len(w)} entries but the model has {num_classes} classes")

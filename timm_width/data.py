@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .space import nearest
 
-__all__ = ['DEFAULTS', 'Splits', 'UsageError', 'View', 'loader', 'mixes', 'open_splits', 'shrink', 'split_holdout']
+__all__ = ['DEFAULTS', 'Splits', 'UsageError', 'View', 'find_splits', 'loader', 'mixes', 'open_splits', 'shrink', 'split_holdout']
 
 SYNONYMS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')  # folders that timm reads as one split
 SPLIT_SEED = 0  # of the digits' own split, which is part of the dataset: the same images whatever --seed is
@@ -90,14 +90,15 @@ def open_splits(args: Namespace) -> Splits:
     Raises:
         UsageError: They are not there, or cannot be trained on.
     """
-    splits = _open(args)
+    splits = find_splits(args)
     args.num_classes = args.num_classes or splits.num_classes
     if args.num_classes < splits.num_classes:
         raise UsageError(f'--num-classes {args.num_classes} is less than the {splits.num_classes} classes of the images')
     return splits
 
 
-def _open(args: Namespace) -> Splits:
+def find_splits(args: Namespace) -> Splits:
+    """Finds the training and the validation images, whatever --num-classes says."""
     if args.dataset in DEFAULTS:
         if args.data_dir:
             raise UsageError(f'--dataset {args.dataset} is embedded and reads no folder: leave out --dataset or --data-dir')
@@ -265,7 +266,7 @@ def loader(view: View, args: Namespace, config: Mapping[str, Any], training: boo
         if size < 1:
             raise UsageError(f'{len(view)} training images are too few for {world} processes')
     else:  # each process scores every so manyth image: none twice, as a sampler that pads would
-        view = View(view.images, view.indices[rank::world], view.classes)
+        view = View(view.images, view.indices[rank::world], view.classes, view.mode)
         size, collate = min(args.validation_batch_size or args.batch_size, max(len(view), 1)), None
     return create_loader(
         view, config['input_size'], size, is_training=training, no_aug=args.no_aug, scale=args.scale, ratio=args.ratio,
@@ -273,9 +274,10 @@ def loader(view: View, args: Namespace, config: Mapping[str, Any], training: boo
         color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.,
         gaussian_blur_prob=args.gaussian_blur_prob or 0., auto_augment=args.aa, re_prob=args.reprob if training else 0.,
         re_mode=args.remode, re_count=args.recount, re_split=args.resplit,
-        interpolation=training and not args.no_aug and args.train_interpolation or config['interpolation'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'], num_workers=args.workers, device=torch.device(args.device), collate_fn=collate,
-        distributed=training and world > 1, pin_memory=args.pin_mem, worker_seeding=args.worker_seeding,
+        interpolation=training and not args.no_aug and args.train_interpolation or config['interpolation'],
+        mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
+        num_workers=args.workers, device=torch.device(args.device), collate_fn=collate, distributed=training and world > 1,
+        pin_memory=args.pin_mem, worker_seeding=args.worker_seeding,
         persistent_workers=False)  # new ones every epoch: their seeds then follow from the random state that a resume restores
 
 

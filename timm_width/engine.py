@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
+from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -36,7 +37,8 @@ from .space import WidthError, nearest
 
 __all__ = [
     'Loop', 'Step', 'Training', 'autocast', 'batch_statistics', 'create', 'data_config', 'is_primary', 'learning_rate',
-    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'random_states_of_all', 'score', 'set_random_states', 'start_processes', 'top1', 'wait_for_all',
+    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'random_states_of_all', 'score', 'set_random_states', 'start_processes',
+    'top1', 'wait_for_all',
 ]
 
 
@@ -48,7 +50,8 @@ def model_arguments(args: Namespace) -> dict[str, Any]:
     wanted = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block, 'global_pool': args.gp,
               'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'checkpoint_path': args.initial_checkpoint}
     overlay = {**({'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else {}), **args.pretrained_cfg_overlay}
-    return {**{k: v for k, v in wanted.items() if v}, **({'pretrained_cfg_overlay': overlay} if overlay else {}), **args.model_kwargs}
+    wanted['pretrained_cfg_overlay'] = overlay
+    return {**{k: v for k, v in wanted.items() if v}, **args.model_kwargs}
 
 
 def create(
@@ -112,8 +115,10 @@ def data_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
 
 
 def start_processes(args: Namespace) -> None:
-    """Joins the processes that torchrun started, if it did; sets args.device, .rank and .world_size."""
+    """Joins the processes that torchrun started, if it did; sets args.device, .rank and .world_size, and --fast-norm."""
     init_distributed_device(args)
+    if args.fast_norm:
+        set_fast_norm()
 
 
 def is_primary(args: Namespace) -> bool:

@@ -100,7 +100,8 @@ def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
         source.load_state_dict(weights)
         resize(source, trace(source), {**sizes, **widths}, skips, importance=args.importance)
     except (WidthError, RuntimeError, TypeError) as e:
-        raise UsageError(f"--inherit '{args.inherit}' is no checkpoint of {base}: {e}") from None
+        raise UsageError(f"--inherit '{args.inherit}' is no checkpoint of {base}: " + ' '.join(
+            line.strip() for line in str(e).splitlines()[:2])) from None
     return source.state_dict()
 
 
@@ -120,7 +121,8 @@ def _classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Optional[
 def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], flag: str, path: str) -> None:
     """Loads weights, but for a classifier of another number of classes."""
     own = model.state_dict()
-    other = [k for k in own if k.rpartition('.')[0] in _classifiers(model) and (k not in weights or weights[k].shape != own[k].shape)]
+    other = [k for k in own if k.rpartition('.')[0] in _classifiers(model) and (
+        k not in weights or weights[k].shape != own[k].shape)]
     if other:
         print(f"{flag}: the classifier is new, as '{path}' has another number of classes", flush=True)
     try:

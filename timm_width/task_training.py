@@ -130,7 +130,8 @@ class TaskTraining(Loop):
         """
         args, stop = self.args, self.args.stop_epoch or self.epochs
         metric_name = args.eval_metric if validation is not None else 'loss'
-        results, best, best_epoch = [], checkpoints.saver and checkpoints.saver.best_metric, checkpoints.saver and checkpoints.saver.best_epoch
+        results: list[dict[str, Any]] = []
+        best, best_epoch = checkpoints.best
         if start_epoch < stop and random_states is not None:
             self._go_on(validation, start_epoch, random_states)
         with tqdm(total=max(stop - start_epoch, 0) * len(self.batches), desc=self.title, unit='step', leave=False,

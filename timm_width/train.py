@@ -7,17 +7,15 @@ A run's folder is OUTPUT/EXPERIMENT, or one named by time, model and image size,
 checkpoints: last.pth.tar, checkpoint-N, model_best, and where asked for milestone-N and recovery-E-B. With `--resume auto
 --experiment NAME` the same command starts a run, and goes on with it after a kill. Runs under torchrun, too.
 """
-import importlib
 import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from timm.data import resolve_input_data_config
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.task import TrainingTask
 from timm.utils import random_seed, set_jit_fuser, unwrap_model
 from torch import nn
@@ -75,7 +73,8 @@ def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
         raise UsageError(f'--eval-metric must be one of {", ".join(task.create_evaluator().metric_names)}, not {args.eval_metric}')
 
     args.lr = learning_rate(args)
-    optimizer = make_optimizer(task.get_trainable_module(), args, args.epochs, -(-len(batches) // args.grad_accum_steps), plateau=True)
+    updates = -(-len(batches) // args.grad_accum_steps)
+    optimizer = make_optimizer(task.get_trainable_module(), args, args.epochs, updates, plateau=True)
     if args.stop_epoch is not None and not 1 <= args.stop_epoch <= optimizer[2]:
         raise UsageError(f'--stop-epoch must be from 1 to the {optimizer[2]} epochs of the schedule, not {args.stop_epoch}')
     training = TaskTraining(task, batches, args, optimizer, mixup)
@@ -88,7 +87,8 @@ def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
             resume_average(path, task)
     _compile(task, args)
     if args.distributed:
-        task.prepare_distributed([torch.device(args.device)] if 'cuda' in args.device else None, broadcast_buffers=not args.no_ddp_bb)
+        ids = [torch.device(args.device)] if 'cuda' in args.device else None
+        task.prepare_distributed(ids, broadcast_buffers=not args.no_ddp_bb)
 
     start = args.start_epoch if args.start_epoch is not None else epoch or 0
     if is_primary(args):
@@ -115,12 +115,7 @@ def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
 
 
 def _prepare(args: Namespace) -> None:
-    """Modules, devices and processes, before anything is built."""
-    for name in args.device_modules or ():
-        try:
-            importlib.import_module(name)
-        except ImportError as e:
-            raise UsageError(f"--device-modules '{name}' cannot be imported: {e}") from None
+    """Devices and processes, before anything is built."""
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -132,8 +127,6 @@ def _prepare(args: Namespace) -> None:
         raise UsageError('--torchscript goes with neither --torchcompile nor --sync-bn')
     if args.fuser:
         set_jit_fuser(args.fuser)
-    if args.fast_norm:
-        set_fast_norm()
 
 
 def _convert(model: nn.Module, args: Namespace) -> nn.Module:

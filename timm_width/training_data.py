@@ -19,11 +19,11 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .data import DEFAULTS, SYNONYMS, UsageError, View, mixes, open_splits
+from .data import DEFAULTS, SYNONYMS, UsageError, View, find_splits, mixes
 
 __all__ = ['open_datasets', 'make_loaders']
 
-DIGIT_LABELS = {d: [int(d % 2 == 0), int(d in (2, 3, 5, 7)), int(d > 4), int(d in (0, 6, 8, 9)), int(d % 3 == 0)] for d in range(10)}
+DIGIT_LABELS = {d: [d % 2 == 0, d in (2, 3, 5, 7), d > 4, d in (0, 6, 8, 9), d % 3 == 0] for d in range(10)}
 FAILURES = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
@@ -44,11 +44,13 @@ def open_datasets(args: Namespace, channels: int) -> tuple[Dataset, Optional[Dat
     """
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     if args.dataset in DEFAULTS:
-        splits = open_splits(args)
+        splits = find_splits(args)
         labels = {d: torch.tensor(v, dtype=torch.float32) for d, v in DIGIT_LABELS.items()} if args.task == 'multilabel' else None
         if labels and args.num_classes != 5:
-            raise UsageError(f'the digits have 5 labels (even, prime, above four, with a loop, a multiple of three), '
+            raise UsageError('the digits have 5 labels (even, prime, above four, with a loop, a multiple of three), '
                              f'not --num-classes {args.num_classes}')
+        if args.num_classes < splits.num_classes and not labels:
+            raise UsageError(f'the images have {splits.num_classes} classes, the model {args.num_classes}: give --num-classes 10')
         return View(splits.train, classes=labels, mode=mode), View(splits.validation, classes=labels, mode=mode)
     if not args.data_dir and '/' not in args.dataset:
         raise UsageError('no images: give --dataset digits, --dataset torch/NAME or the like, or --data-dir FOLDER')
@@ -82,8 +84,8 @@ def _open(args: Namespace, mode: str, split: str, training: bool = False, class_
     try:
         return create_dataset(
             args.dataset, root=args.data_dir, split=split, is_training=training, class_map=class_map or args.class_map,
-            download=args.dataset_download, batch_size=size, num_samples=args.train_num_samples if training else args.val_num_samples,
-            **further)
+            download=args.dataset_download, batch_size=size,
+            num_samples=args.train_num_samples if training else args.val_num_samples, **further)
     except FAILURES as e:
         what = f'--dataset {args.dataset}' if args.dataset else f"--data-dir '{args.data_dir}'"
         reason = (str(e).strip().splitlines() or [''])[0]
