@@ -27,7 +27,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_package_its_tables_and_the_hub(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'timm_width').rglob('*') if p.suffix in ('.py', '.json')}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'timm_width').rglob('*') if p.suffix in ('.py', '.json', '.yaml')}
     assert sources <= names
     hub = {'timm_width/_hub/' + p.relative_to(ROOT / 'hub').as_posix() for p in (ROOT / 'hub').rglob('*') if p.is_file()}
     assert hub and hub <= names

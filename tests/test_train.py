@@ -618,3 +618,65 @@ def test_multilabel(tmp_path):
     assert said['smoothing'] == 0. and said['eval_metric'] == 'map'
     state = load(tmp_path / 'x' / 'model_best.pth.tar')
     assert state['metric'] == max(float(r['eval_map']) for r in table) and state['state_dict']['fc.weight'].shape[0] == 5
+
+
+# -- every flag --------------------------------------------------------------------------------------------------------------
+
+MATRIX = {  # what is trained for an epoch; a dagger marks those that a short test run has, too
+    'positional folder': 'IMAGES --data-dir', 'class map': '--class-map MAP', 'grey': '--in-chans 1 --input-img-mode L',
+    'grey by itself \u2020': '--in-chans 1', 'input size': '--input-size 3 24 40 --img-size', 'normalised by hand': '--mean 0.5 --std 0.2 0.3 0.2',
+    'interpolations': '--interpolation bicubic --train-interpolation bilinear --crop-pct 0.8', 'validation batch': '-vb 5',
+    'channels last, checkpointing': '--channels-last --grad-checkpointing', 'head': '--head-init-scale 0.1 --head-init-bias -2 --gp max',
+    'overlay': '--pretrained-cfg-overlay crop_pct=0.5 --model-kwargs drop_rate=0.1', 'fast norm': '--fast-norm --model test_convnext',
+    'torchscript \u2020': '--torchscript --model-ema', 'compile \u2020': '--torchcompile eager --model-ema', 'dtype': '--model-dtype bfloat16',
+    'amp': '--amp --amp-dtype bfloat16 --synchronize-step', 'workers': '-j 1 --pin-mem --worker-seeding part', 'multi epochs': '-j 1 --use-multi-epochs-loader',
+    'lamb': '--opt lamb --opt-eps 1e-6 --opt-betas 0.9 0.99', 'rmsprop': '--opt rmsproptf --momentum 0.5 --opt-kwargs decoupled_decay=True',
+    'layer decay': '--opt adamw --layer-decay 0.7 --layer-decay-min-scale 0.1 --layer-decay-no-opt-scale 0.2', 'agc': '--clip-grad 0.1 --clip-mode agc',
+    'by value': '--clip-grad 0.1 --clip-mode value', 'tanh': '--sched tanh --lr-cycle-limit 2 --lr-cycle-mul 2 --lr-cycle-decay 0.3',
+    'poly': '--sched poly --lr-k-decay 0.5 --decay-rate 2 --cooldown-epochs 1', 'multistep': '--sched multistep --decay-milestones 1',
+    'wsd': '--sched wsd --decay-epochs 1 --lr-decay-fn linear', 'rsqrt': '--sched rsqrt --warmup-epochs 1 --epochs 3 --decay-epochs 1 --lr-stable-timescale 2',
+    'plateau \u2020': '--sched plateau --patience-epochs 0', 'none': '--sched none', 'constant': '--sched constant --warmup-epochs 1', 'prefix': '--warmup-epochs 1 --warmup-prefix',
+    'noise': '--lr-noise 0.1 0.9 --lr-noise-pct 0.5 --lr-noise-std 2', 'lr base': '--lr-base 0.2 --lr-base-size 16 --lr-base-scale sqrt',
+    'colours': '--color-jitter 0.2 --color-jitter-prob 0.5 --grayscale-prob 0.3 --gaussian-blur-prob 0.3', 'no aug': '--no-aug', 'crop mode': '--train-crop-mode rkrr',
+    'erasing': '--reprob 0.5 --remode const --recount 2 --resplit', 'splits, jsd \u2020': '--aug-splits 3 --jsd-loss --split-bn --aa augmix-m3 --resplit',
+    'splits': '--aug-splits 2 --aa rand-m3 --no-prefetcher', 'no prefetcher \u2020': '--no-prefetcher --mixup 0.2 --mixup-mode elem --reprob 0.2', 'pairs': '--cutmix-minmax 0.2 0.6 --mixup-mode pair',
+    'half': '--mixup 0.3 --mixup-mode half --mixup-prob 0.5 --mixup-switch-prob 0.1', 'bce': '--bce-loss --bce-sum --bce-target-thresh 0.2 --mixup 0.1',
+    'bce weights': '--loss bce --bce-pos-weight 2 --loss-class-weight 1,2,3', 'poly loss': '--loss poly --poly-epsilon 1', 'asl': '--loss asl',
+    'drops': '--drop 0.2 --drop-connect 0.1', 'drop block': '--model resnet10t --drop-block 0.1', 'batch norm': '--bn-momentum 0.2 --bn-eps 0.01 --model test_efficientnet',
+    'ema on the cpu \u2020': '--model-ema --model-ema-force-cpu --model-ema-warmup', 'tta': '--tta 2', 'images': '--save-images --log-interval 1', 'wandb': '--log-wandb --wandb-tags a b',
+    'sizes \u2020': '--train-img-sizes 24 32 --train-batch-sizes 12 6 --train-size-probs 1 2 --variable-batch-loss-scale sqrt',
+    'growing sizes': '--train-img-sizes 24 32 --train-size-schedule progressive --train-size-schedule-spread 0.3 --train-size-random-mix 0.2',
+    'batches': '--train-batches-per-epoch 3', 'naflex \u2020': '--naflex-loader --model naflexvit_base_patch16_gap --model-kwargs patch_size=8 embed_dim=32 depth=1 num_heads=2 --naflex-train-seq-lens 9 16 --naflex-max-seq-len 16 --mixup 0.2',
+    'patch sizes': '--naflex-loader --model naflexvit_base_patch16_gap --model-kwargs patch_size=8 embed_dim=32 depth=1 num_heads=2 enable_patch_interpolator=True --naflex-patch-sizes 8 16 --naflex-patch-size-probs 1 2 --naflex-train-seq-lens 4 9 --naflex-max-seq-len 9 --naflex-loss-scale sqrt',
+    'loss as metric': '--eval-metric loss', 'efficientnet \u2020': '--model test_efficientnet --opt adamw --lr 0.001', 'byobnet': '--model test_byobnet --model-ema', 'vit': '--model test_vit --img-size 160',
+    'no optimiser': '--resume BASE --no-resume-opt --start-epoch 1', 'initial checkpoint': '--initial-checkpoint BASE', 'pretrained path': '--pretrained --pretrained-path WEIGHTS',
+    'device modules': '--device-modules json csv', 'local rank': '--local_rank 0 --no-ddp-bb --dist-bn broadcast --sync-bn',
+    'repeats': '--epoch-repeats 2', 'samples': '--train-num-samples 8 --val-num-samples 8',
+}
+
+
+@pytest.mark.parametrize('name', [n if '\u2020' in n else pytest.param(n, marks=pytest.mark.slow) for n in MATRIX])
+def test_flags_train(name, base, image_folder, tmp_path):
+    (tmp_path / 'map.txt').write_text('red\ngreen\nblue\n')
+    known = {'IMAGES': image_folder, 'MAP': tmp_path / 'map.txt', 'BASE': base[0] / 'last.pth.tar', 'WEIGHTS': base[1] / 'model.safetensors'}
+    flags = [str(known.get(f, f)) for f in MATRIX[name].split()]
+    argv = command(image_folder, tmp_path)
+    for off in ('--data-dir', '--img-size'):
+        if flags[-1] == off:  # replaced, not given again
+            flags.pop(), argv.__delitem__(slice(argv.index(off), argv.index(off) + 2))
+    train.main([*argv, *flags])
+    assert losses(tmp_path / 'x') and np.isfinite(losses(tmp_path / 'x')).all()
+    assert float(rows(tmp_path / 'x')[-1]['eval_loss']) > 0
+
+
+def test_the_matrix_has_every_flag():
+    """Those that are not in it are in the tests above."""
+    text = ' '.join([*MATRIX.values(), Path(__file__).read_text(), (Path(__file__).parent / 'test_arguments.py').read_text()])
+    frozen = json.loads((Path(__file__).parent / 'train_flags.json').read_text())
+    elsewhere = {  # readers of other packages; other losses (test_arguments.py); wandb is not here; several processes
+        'dataset_download', 'dataset_trust_remote_code', 'input_key', 'target_key', 'train_split', 'fuser', 'torchcompile_mode', 'wandb_project',
+        'wandb_resume_id', 'aug_repeats', 'naflex_patchify_channels_first', 'multilabel_threshold', 'class_stats', 'loss_weight_power', 'poly_gamma',
+        'distill_loss_weight', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type', 'layer_decay', 'seed', 'min_lr', 'warmup_lr',
+        'hflip', 'ratio'}
+    missing = {k for k, v in frozen.items() if k != 'data' and not any(f"{f} " in text or f"'{f}'" in text or f'{f}\'' in text for f in v['flags'])}
+    assert missing <= elsewhere

@@ -1,7 +1,7 @@
 """The command line of train, read as timm's train.py reads its own: -c YAML, then flags; and what follows from them.
 
 A YAML file holds flags by their names in Python (`batch_size: 64`); flags on the command line go before it. args.yaml of a run is
-such a file.
+such a file, and those in recipes/ are found by name.
 """
 import logging
 from argparse import SUPPRESS, Action, Namespace
@@ -20,6 +20,8 @@ from .space import nearest
 
 __all__ = ['criterion_kwargs', 'make_parser', 'parse', 'said']
 
+RECIPES = Path(__file__).parent / 'recipes'
+
 _logger = logging.getLogger(__name__)
 _locks: list[Any] = []  # held until this process ends
 
@@ -28,7 +30,8 @@ def make_parser(description: str = '') -> Parser:
     """The parser of all flags of train but -c."""
     parser = Parser(prog='timm-width train', description=description)
     parser.add_argument('-c', '--config', default=SUPPRESS, metavar='FILE',
-                        help='YAML file of flags, for those that are not given here')
+                        help='YAML file of flags, for those that are not given here; or one of ours: '
+                             + ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml'))))
     add_arguments(parser)
     add_train_arguments(parser)
     add_own_arguments(parser)
@@ -63,12 +66,12 @@ def parse(argv: Optional[Sequence[str]] = None, description: str = '') -> tuple[
     parser.set_defaults(**DEFAULTS.get(dataset or config.get('dataset'), {}))
     parser.set_defaults(**config)
     unset = object()
-    given = vars(parser.parse_args(rest, Namespace(**{a.dest: unset for a in parser._actions})))
-    given = {k for k, v in given.items() if v is not unset} | set(config)
+    found = vars(parser.parse_args(rest, Namespace(**{a.dest: unset for a in parser._actions})))
+    given = {k for k, v in found.items() if v is not unset}
     args = parser.parse_args(rest)
-    _resolve(args, given)
+    _resolve(args, given | set(config))
     text = yaml.safe_dump(vars(said(args)), default_flow_style=False)
-    if 'device' not in given and not torch.cuda.is_available():
+    if 'device' not in given and args.device == 'cuda' and not torch.cuda.is_available():
         print('there is no CUDA device here: training on the CPU (--device says otherwise)', flush=True)
         args.device = 'cpu'
     check_arguments(args, TRAIN_RANGES)
@@ -87,8 +90,9 @@ def said(args: Namespace) -> Namespace:
 
 def _read_config(path: str, parser: Parser) -> dict[str, Any]:
     """The flags of a YAML file, each as the parser would give it."""
+    shipped = RECIPES / f'{path}.yaml'
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        found = yaml.safe_load((shipped if shipped.is_file() and not Path(path).exists() else Path(path)).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UsageError(f"--config '{path}' cannot be read: {' '.join(str(e).split())}") from None
     if found is None:

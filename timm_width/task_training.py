@@ -63,6 +63,8 @@ class TaskTraining(Loop):
 
     def prepare(self, images: Any, targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
         if self.args.no_prefetcher:
+            if isinstance(images, (list, tuple)):  # augmentation splits, which the prefetcher would have put in a row
+                images, targets = torch.cat(list(images)), targets.repeat(len(images), *[1] * (targets.ndim - 1))
             images, targets = _moved(images, self.args.device, self.dtype), targets.to(self.args.device)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)

@@ -163,14 +163,16 @@ def make_loaders(
         reading['num_workers'] = min(2, args.workers)  # that each process reads as many
     try:
         if args.naflex_loader:
-            patches = {'patch_size': _patch_size(model), 'channels': config['input_size'][0],
+            patch_size = _patch_size(model)
+            patches = {'channels': config['input_size'][0],
                        'patchify_channels_last': not args.naflex_patchify_channels_first, 'max_seq_len': args.naflex_max_seq_len,
                        'rank': args.rank, 'world_size': args.world_size, 'seed': args.seed}
             training = create_naflex_loader(
-                train, train_seq_lens=tuple(args.naflex_train_seq_lens), patch_size_choices=args.naflex_patch_sizes,
+                train, train_seq_lens=tuple(args.naflex_train_seq_lens), patch_size=None if args.naflex_patch_sizes else patch_size,
+                patch_size_choices=args.naflex_patch_sizes,
                 patch_size_choice_probs=args.naflex_patch_size_probs, mixup_fn=mixup, batch_size=args.batch_size,
                 **patches, **common, **augmented)
-            held = validation and create_naflex_loader(validation, **patches, **reading, **plain)
+            held = validation and create_naflex_loader(validation, patch_size=patch_size, **patches, **reading, **plain)
             return training, held, None
         training = create_loader(
             train, config['input_size'], args.batch_size, collate_fn=collate, use_multi_epochs_loader=args.use_multi_epochs_loader,
