@@ -121,21 +121,16 @@ def test_provenance_says_how_it_was_found(digits_run):
 
 
 def test_searched_model_trains(digits_run, tmp_path, capsys):
-    output = tmp_path / 'trained'
-    assert cli.main(['train', '--model', f'local-dir:{digits_run}', '--dataset', 'digits', *SHORT[:2], *SHORT[4:],
-                     '--output', str(output)]) == 0
-    assert 'top-1' in capsys.readouterr().out
-    spec, old = timm_width.load_spec(output), timm_width.load_spec(digits_run)
-    assert (spec.widths, spec.provenance) == (old.widths, old.provenance)
-    timm.create_model(f'local-dir:{output}', pretrained=True)
-
-
-def test_plain_model_trains(image_folder, tmp_path):
-    assert cli.main(['train', '--model', MODEL, '--data-dir', str(image_folder), '-b', '8', '--epochs', '2', *SHORT[4:],
-                     '--output', str(tmp_path / 'x')]) == 0
-    assert json.loads((tmp_path / 'x' / 'config.json').read_text())['architecture'] == MODEL
-    with (tmp_path / 'x' / 'summary.csv').open() as file:
-        assert [row['epoch'] for row in csv.DictReader(file)] == ['0', '1']
+    """From the folder of a search, and from the channels of the network that it shared."""
+    shared = ['--model', MODEL, '--widths', str(digits_run), '--inherit', str(digits_run / 'search' / 'autoslim.pth.tar')]
+    for name, start in {'scratch': ['--model', f'local-dir:{digits_run}'], 'inherited': shared}.items():
+        output = tmp_path / name
+        assert cli.main(['train', *start, '--dataset', 'digits', *SHORT[:2], *SHORT[4:], '--output', str(tmp_path), '--experiment',
+                         'x' + name, '--save-pretrained', str(output), '--num-classes', '10']) == 0
+        assert 'top1' in capsys.readouterr().out
+        spec, old = timm_width.load_spec(output), timm_width.load_spec(digits_run)
+        assert (spec.widths, spec.provenance) == (old.widths, old.provenance)
+        timm.create_model(f'local-dir:{output}', pretrained=True)
 
 
 def test_same_seed_same_table_another_seed_another_network(image_folder, tmp_path):

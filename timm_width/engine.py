@@ -37,8 +37,8 @@ from .space import WidthError, nearest
 
 __all__ = [
     'Loop', 'Step', 'Training', 'autocast', 'batch_statistics', 'create', 'data_config', 'is_primary', 'learning_rate',
-    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'random_states_of_all', 'score', 'set_random_states', 'start_processes',
-    'top1', 'wait_for_all',
+    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'random_states_of_all', 'score', 'set_random_states',
+    'start_processes', 'top1', 'wait_for_all',
 ]
 
 
