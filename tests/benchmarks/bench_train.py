@@ -1,0 +1,84 @@
+"""Images per second of train's loop over those of a bare PyTorch loop: same model, loader, optimiser and images.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_train.py
+
+Epochs of the two alternate; the ratio is that of the median processor times, which other processes on the machine disturb least.
+"""
+import argparse
+import statistics
+import sys
+import time
+
+import timm
+import torch
+from sklearn.datasets import load_digits
+from timm.data import create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.utils import random_seed
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from timm_width import train
+from timm_width.data import Digits, View
+from timm_width.engine import make_optimizer, start_processes
+from timm_width.task_training import TaskTraining
+from timm_width.tasks import make_task
+
+BAR = 0.97
+
+
+def digits_loader(model, size, batch):
+    data = load_digits()
+    config = resolve_data_config({'img_size': size}, model=model)
+    return create_loader(View(Digits((data.images * (255 / 16)).astype('uint8'), data.target)), config['input_size'], batch, is_training=True,
+                         interpolation='bilinear', mean=config['mean'], std=config['std'], num_workers=0, device=torch.device('cpu'))
+
+
+def bare_epoch(model, loader, optimizer):
+    model.train()
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def measure(name, size, batch, rounds):
+    """Median seconds of an epoch of each loop."""
+    args, _ = train.parse(['--model', name, '--dataset', 'digits', '--device', 'cpu', '-b', str(batch), '--img-size', str(size), '--smoothing', '0',
+                           '--lr', '0.01', '--num-classes', '10', '--log-interval', '1000'])
+    start_processes(args)
+    times = {'bare': [], 'ours': []}
+    random_seed(0)
+    nets = {k: timm.create_model(name, num_classes=10) for k in times}
+    loaders = {k: digits_loader(nets[k], size, batch) for k in times}
+    optimizer = create_optimizer_v2(nets['bare'], opt='sgd', lr=0.01, momentum=0.9, weight_decay=2e-5)
+    task = make_task(nets['ours'], args)
+    ours = TaskTraining(task, loaders['ours'], args, make_optimizer(nets['ours'], args, 300, len(loaders['ours'])))
+    bar = tqdm(disable=True)
+    calls = {'bare': lambda: bare_epoch(nets['bare'], loaders['bare'], optimizer), 'ours': lambda: ours.run_epoch(bar)}
+    for i in range(rounds + 1):
+        for k, call in sorted(calls.items(), reverse=bool(i % 2)):
+            start = time.process_time()
+            call()
+            if i:  # the first is warm-up
+                times[k].append(time.process_time() - start)
+    return {k: statistics.median(t) for k, t in times.items()}, len(loaders['bare']) * batch
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--rounds', type=int, default=7)
+    rounds = parser.parse_args().rounds
+    worst = 9.
+    print(f"{'model':<16}{'size':>6}{'batch':>7}{'bare':>12}{'ours':>12}{'ratio':>8}   (images per second of processor time)")
+    for name, size, batch in ('test_resnet', 32, 16), ('test_resnet', 32, 64), ('resnet10t', 32, 32), ('test_convnext', 32, 32):
+        seconds, images = measure(name, size, batch, rounds)
+        ratio = seconds['bare'] / seconds['ours']
+        worst = min(worst, ratio)
+        print(f"{name:<16}{size:>6}{batch:>7}{images / seconds['bare']:>12.0f}{images / seconds['ours']:>12.0f}{ratio:>8.3f}", flush=True)
+    print(f'worst {worst:.3f}, bar {BAR}')
+    return worst < BAR
+
+
+if __name__ == '__main__':
+    sys.exit(main())
