@@ -4,6 +4,7 @@ A YAML file holds flags by their names in Python (`batch_size: 64`); flags on th
 such a file, and those in recipes/ are found by name.
 """
 import logging
+import os
 from argparse import SUPPRESS, Action, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,8 @@ def parse(argv: Optional[Sequence[str]] = None, description: str = '') -> tuple[
     _resolve(args, given | set(config))
     text = yaml.safe_dump(vars(said(args)), default_flow_style=False)
     if 'device' not in given and args.device == 'cuda' and not torch.cuda.is_available():
-        print('there is no CUDA device here: training on the CPU (--device says otherwise)', flush=True)
+        if os.environ.get('RANK', '0') == '0':
+            print('there is no CUDA device here: training on the CPU (--device says otherwise)', flush=True)
         args.device = 'cpu'
     check_arguments(args, TRAIN_RANGES)
     return args, text

@@ -265,7 +265,7 @@ class Loop:
             last = accumulated == self.args.grad_accum_steps - 1 or i == count - 1
             if accumulated == 0:
                 self.optimizer.zero_grad()
-                self._share = 1 / min(self.args.grad_accum_steps, count - i)
+                self._share = 1 / max(min(self.args.grad_accum_steps, count - i), 1)  # some loaders give more than they say
             share, self._share = self._share, self.share(self._share, targets)
             step = Step(self, images, targets)
             with nullcontext() if last else self.no_sync():

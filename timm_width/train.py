@@ -109,8 +109,7 @@ def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
     if best is not None:
         _say(args, f'best {args.eval_metric if validation is not None else "loss"}: {best:.4f} (epoch {best_epoch})')
     if is_primary(args):
-        ema = task.has_ema()
-        publish(unwrap_model(unwrap_model(task.get_eval_model(ema=ema))), args, config, results)
+        publish(unwrap_model(task.get_eval_model(ema=task.has_ema())), args, config, results)
     return results
 
 
