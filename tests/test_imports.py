@@ -23,7 +23,7 @@ ORDER = [
     {'laws', 'recover'},
     {'models', 'models.width_nets', 'models.make_supported'},
     {'data'},
-    {'arguments', 'grids', 'latency.measure', 'report'},
+    {'arguments', 'grids', 'losses', 'latency.measure', 'report'},
     {'commandline', 'engine'},
     {'checkpoints', 'holdout', 'problem', 'start', 'tasks', 'training_data'},
     {'output', 'task_training'},

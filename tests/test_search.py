@@ -133,6 +133,18 @@ def test_searched_model_trains(digits_run, tmp_path, capsys):
         timm.create_model(f'local-dir:{output}', pretrained=True)
 
 
+def test_a_search_on_images_with_labels(tmp_path, capsys):
+    """Each of several properties of the digits, true or false; networks are chosen and compared by mean average precision."""
+    assert cli.main(['search', '--dataset', 'digits', '--task', 'multilabel', '--model', MODEL, '--policy', 'autoslim', *BUDGET, *SHORT,
+                     '--lr', '0.1', '--baselines', 'uniform', '--proxy', 'data=0.5', '--output', str(tmp_path / 'x')]) == 0
+    assert 'mAP %' in capsys.readouterr().out
+    found = said(tmp_path / 'x')
+    assert 50 < found['map'] <= 100 and 'top1' not in found and set(found['baseline']) == {'uniform'}
+    assert timm.create_model(f'local-dir:{tmp_path}/x', pretrained=True).num_classes == 5
+    assert yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())['smoothing'] == 0
+    assert cli.main(['search', '--resume', str(tmp_path / 'x'), '--epochs', '2']) == 0
+
+
 def test_same_seed_same_table_another_seed_another_network(image_folder, tmp_path):
     for name, seed in (('a', '1'), ('b', '1'), ('c', '2')):
         assert cli.main(command(image_folder, tmp_path / name, '--seed', seed)) == 0

@@ -5,7 +5,7 @@ those that only train has (`add_train_arguments`). `add_own_arguments` are train
 """
 import os
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
@@ -21,7 +21,7 @@ from .space import nearest
 
 __all__ = [
     'AMP_DTYPES', 'OWN', 'RANGES', 'TRAIN_RANGES', 'Parser', 'add_arguments', 'add_own_arguments', 'add_train_arguments',
-    'check_arguments', 'check_output', 'write_args',
+    'check_arguments', 'check_output', 'flags_given', 'write_args',
 ]
 
 # flag -> (least, most) that makes sense; None is no bound
@@ -188,24 +188,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add('--mixup-mode', type=str, default='batch', metavar='MODE', help='what shares a mixing ratio: batch, pair or elem')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on, if above 0')
 
-    add = parser.add_argument_group('averaged weights').add_argument
-    add('--model-ema', action='store_true', help='average the weights; the averages are what is scored and saved')
-    add('--model-ema-force-cpu', action='store_true', help='keep them on the CPU')
-    add('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of these averages')
-    add('--model-ema-warmup', action='store_true', help='let the decay rise from 0')
-
-    add = parser.add_argument_group('run').add_argument
-    add('--seed', type=int, default=42, metavar='S', help='seed of all that is random')
-
-
-def add_train_arguments(parser: ArgumentParser) -> None:
-    """Adds the flags of timm's train.py that only train has."""
     add = parser.add_argument_group('task and loss').add_argument
     add('--task', type=str, default='classification', choices=['classification', 'multilabel'],
         help='one class per image, or any number')
     add('--target-format', type=str, metavar='NAME', help='how labels are written: indices, or multihot (--task multilabel)')
-    add('--multilabel-threshold', type=float, default=0.5, metavar='P',
-        help='probability from which a label counts as found, for F1')
     add('--loss', type=str, metavar='NAME', help=f"{', '.join(LOSS_TYPES)} (default: ce, or bce for multilabel)")
     add('--loss-pos-weight', type=str, metavar='W',
         help='weight of positives: a number, list, file, or neg_pos (needs --class-stats)')
@@ -218,6 +204,22 @@ def add_train_arguments(parser: ArgumentParser) -> None:
     add('--bce-sum', action='store_true', help='sum the BCE over the classes')
     add('--bce-target-thresh', type=float, metavar='P', help='mixed targets above this are 1, else 0')
     add('--bce-pos-weight', type=float, metavar='W', help='same as --loss-pos-weight')
+
+    add = parser.add_argument_group('averaged weights').add_argument
+    add('--model-ema', action='store_true', help='average the weights; the averages are what is scored and saved')
+    add('--model-ema-force-cpu', action='store_true', help='keep them on the CPU')
+    add('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of these averages')
+    add('--model-ema-warmup', action='store_true', help='let the decay rise from 0')
+
+    add = parser.add_argument_group('run').add_argument
+    add('--seed', type=int, default=42, metavar='S', help='seed of all that is random')
+
+
+def add_train_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags of timm's train.py that only train has."""
+    add = parser.add_argument_group('task of a training').add_argument
+    add('--multilabel-threshold', type=float, default=0.5, metavar='P',
+        help='probability from which a label counts as found, for F1')
     add('--jsd-loss', action='store_true', help='same as --loss jsd (needs --aug-splits)')
     add('--aug-repeats', type=float, default=0, metavar='N', help='repetitions of an image in a batch of several processes')
     add('--aug-splits', type=int, default=0, metavar='N', help='parts of a batch with augmentations of their own: 0, or 2 and more')
@@ -324,6 +326,13 @@ def add_own_arguments(parser: ArgumentParser) -> None:
 
 
 OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'save_pretrained', 'push_to_hub')
+
+
+def flags_given(parser: ArgumentParser, argv: Optional[Sequence[str]]) -> set[str]:
+    """The flags that a command line says, by their names in Python."""
+    unset = object()
+    found = vars(parser.parse_args(argv, Namespace(**{a.dest: unset for a in parser._actions})))
+    return {k for k, v in found.items() if v is not unset}
 
 
 def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> None:

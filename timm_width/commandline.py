@@ -12,14 +12,32 @@ from typing import Any, Optional
 
 import torch
 import yaml
-from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.utils import ParseKwargs
 
-from .arguments import OWN, TRAIN_RANGES, Parser, add_arguments, add_own_arguments, add_train_arguments, check_arguments
-from .data import DEFAULTS, UsageError, mixes
+from .arguments import (
+    OWN,
+    TRAIN_RANGES,
+    Parser,
+    add_arguments,
+    add_own_arguments,
+    add_train_arguments,
+    check_arguments,
+    flags_given,
+)
+    OWN,
+    TRAIN_RANGES,
+    Parser,
+    add_arguments,
+    add_own_arguments,
+    add_train_arguments,
+    check_arguments,
+    flags_given,
+)
+from .data import DEFAULTS, UsageError
+from .losses import resolve_loss
 from .space import nearest
 
-__all__ = ['criterion_kwargs', 'make_parser', 'parse', 'said']
+__all__ = ['make_parser', 'parse', 'said']
 
 RECIPES = Path(__file__).parent / 'recipes'
 
@@ -66,9 +84,7 @@ def parse(argv: Optional[Sequence[str]] = None, description: str = '') -> tuple[
     config = _read_config(known.config, parser) if known.config else {}
     parser.set_defaults(**DEFAULTS.get(dataset or config.get('dataset'), {}))
     parser.set_defaults(**config)
-    unset = object()
-    found = vars(parser.parse_args(rest, Namespace(**{a.dest: unset for a in parser._actions})))
-    given = {k for k, v in found.items() if v is not unset}
+    given = flags_given(parser, rest)
     args = parser.parse_args(rest)
     _resolve(args, given | set(config))
     text = yaml.safe_dump(vars(said(args)), default_flow_style=False)
@@ -159,27 +175,12 @@ def _resolve(args: Namespace, given: set[str]) -> None:
         args.data_dir = args.data
     if args.drop_connect is not None and args.drop_path is None:
         args.drop_path = args.drop_connect
-    multi = args.task == 'multilabel'
-    for old, name in ('bce_loss', 'bce'), ('jsd_loss', 'jsd'):
-        if getattr(args, old):
-            if args.loss not in (None, name):
-                raise UsageError(f"--{old.replace('_', '-')} and --loss {args.loss} say different things")
-            args.loss = name
-    if args.bce_pos_weight is not None and args.loss_pos_weight is None:
-        args.loss_pos_weight = str(args.bce_pos_weight)
-    if args.target_format is not None and not multi:
-        raise UsageError('--target-format is for --task multilabel')
-    if args.target_format not in (None, 'indices', 'multihot'):
-        raise UsageError(f"--target-format must be indices or multihot, not '{args.target_format}'")
-    if multi:
-        if 'smoothing' not in given:
-            args.smoothing = 0.
+    resolve_loss(args, given)
+    if args.task == 'multilabel':
         if 'eval_metric' not in given:
             args.eval_metric = 'map'
         if args.kd_model_name:
             raise UsageError('--kd-model-name distils a classification: leave out --task multilabel')
-    if args.loss == 'jsd' and args.aug_splits < 2:
-        raise UsageError('--loss jsd needs --aug-splits of 2 or more')
     if args.aug_splits == 1:
         raise UsageError('--aug-splits 1 is no split: give 2 or more')
     if args.split_bn and args.aug_splits < 2 and not args.resplit:
@@ -197,37 +198,6 @@ def _resolve(args: Namespace, given: set[str]) -> None:
         args.model = f'local-dir:{args.finetune_from}'
     if args.inherit and args.finetune_from:
         raise UsageError('--inherit and --finetune-from both say where weights come from')
-    try:
-        create_classification_loss(**criterion_kwargs(args, None))
-    except (ValueError, TypeError, OSError, AssertionError) as e:
-        raise UsageError(f'the loss: {e}') from None
-
-
-def criterion_kwargs(args: Namespace, num_classes: Optional[int]) -> dict[str, Any]:
-    """What timm's create_classification_loss is told.
-
-    Args:
-        args: The flags.
-        num_classes: Classes that weights are for, if known.
-
-    Raises:
-        ValueError: Weights are of another number of classes, or cannot be read.
-    """
-    stats, power = load_class_stats(args.class_stats), 1. if args.loss_weight_power is None else args.loss_weight_power
-    weights = {kind: resolve_class_weights(getattr(args, f'loss_{kind}'), kind, stats, power)
-               for kind in ('class_weight', 'pos_weight')}
-    for kind, w in weights.items():
-        if isinstance(w, torch.Tensor) and num_classes is not None and len(w) != num_classes:
-            raise ValueError(f"--loss-{kind.replace('_', '-')} has {len(w)} entries but the model has {num_classes} classes")
-    found: dict[str, Any] = {
-        'loss_type': args.loss, 'multi_label': args.task == 'multilabel', 'smoothing': args.smoothing, 'soft_targets': mixes(args),
-        'bce_target_thresh': args.bce_target_thresh, 'bce_sum': args.bce_sum, **weights}
-    found.update({k: v for k, v in (('poly_gamma', args.poly_gamma), ('poly_epsilon', args.poly_epsilon)) if v is not None})
-    if args.loss == 'jsd':
-        found['jsd_splits'] = args.aug_splits
-    if args.loss == 'db' and stats is not None:
-        found['class_counts'], found['num_samples'] = stats
-    return found
 
 
 def _join_sweep(paths: Sequence[str], attempt: str, name: str) -> None:

@@ -11,12 +11,15 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, MultiLabelTarget, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .space import nearest
 
-__all__ = ['DEFAULTS', 'Splits', 'UsageError', 'View', 'find_splits', 'loader', 'mixes', 'open_splits', 'shrink', 'split_holdout']
+__all__ = [
+    'DEFAULTS', 'SYNONYMS', 'Splits', 'UsageError', 'View', 'default_classes', 'find_splits', 'loader', 'mixes', 'open_splits',
+    'shrink', 'split_holdout',
+]
 
 SYNONYMS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')  # folders that timm reads as one split
 SPLIT_SEED = 0  # of the digits' own split, which is part of the dataset: the same images whatever --seed is
@@ -28,13 +31,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# of --task multilabel: even, prime, above four, with a loop, a multiple of three
+DIGIT_LABELS = np.array(
+    [[d % 2 == 0, d in (2, 3, 5, 7), d > 4, d in (0, 6, 8, 9), d % 3 == 0] for d in range(10)], dtype=np.float32)
+
+
+def default_classes(args: Namespace) -> Optional[int]:
+    """Classes of an embedded dataset: those of other datasets are for --num-classes or the model to say."""
+    return None if args.dataset not in DEFAULTS else DIGIT_LABELS.shape[1] if args.task == 'multilabel' else len(DIGIT_LABELS)
+
+
 class UsageError(ValueError):
     """Something that the user gave cannot be worked with."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of both splits, undecorated, and the classes of the training images."""
+    """The images of both splits, undecorated, and the classes (or rows of labels) of the training images."""
     train: Dataset
     validation: Dataset
     targets: np.ndarray
@@ -47,7 +60,7 @@ class View(Dataset):
     Args:
         images: The dataset.
         indices: Which of its images; by default all.
-        classes: Class -> the class that it is called here, or other target; by default its own.
+        classes: Class -> the class that it is called here; by default its own.
         mode: What images are converted to.
     """
 
@@ -55,7 +68,7 @@ class View(Dataset):
             self,
             images: Dataset,
             indices: Optional[Sequence[int]] = None,
-            classes: Optional[Mapping[int, Any]] = None,
+            classes: Optional[Mapping[int, int]] = None,
             mode: str = 'RGB',
     ):
         self.images, self.classes, self.mode, self.transform = images, classes, mode, None
@@ -72,7 +85,7 @@ class View(Dataset):
 
 
 class Digits(Dataset):
-    """Handwritten digits of 8x8 pixels."""
+    """Handwritten digits of 8x8 pixels, with a class each or a row of labels."""
 
     def __init__(self, pixels: np.ndarray, targets: np.ndarray):
         self.pixels, self.targets = pixels, targets
@@ -80,8 +93,10 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert('RGB'), int(self.targets[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        target = self.targets[index]
+        image = Image.fromarray(self.pixels[index]).convert('RGB')
+        return image, torch.from_numpy(target) if self.targets.ndim == 2 else int(target)
 
 
 def open_splits(args: Namespace) -> Splits:
@@ -92,8 +107,9 @@ def open_splits(args: Namespace) -> Splits:
     """
     splits = find_splits(args)
     args.num_classes = args.num_classes or splits.num_classes
-    if args.num_classes < splits.num_classes:
-        raise UsageError(f'--num-classes {args.num_classes} is less than the {splits.num_classes} classes of the images')
+    if args.num_classes < splits.num_classes or args.task == 'multilabel' and args.num_classes != splits.num_classes:
+        what = 'less than' if args.num_classes < splits.num_classes else 'not'
+        raise UsageError(f'--num-classes {args.num_classes} is {what} the {splits.num_classes} classes of the images')
     return splits
 
 
@@ -102,9 +118,11 @@ def find_splits(args: Namespace) -> Splits:
     if args.dataset in DEFAULTS:
         if args.data_dir:
             raise UsageError(f'--dataset {args.dataset} is embedded and reads no folder: leave out --dataset or --data-dir')
-        return _digits()
+        return _digits(args.task == 'multilabel')
     if '/' in args.dataset:
         return _named(args)
+    if args.task == 'multilabel' and not args.dataset:
+        raise UsageError('--task multilabel needs a --dataset that has labels: images in folders have one class each')
     if args.dataset:
         raise UsageError(f"unknown dataset '{args.dataset}'{nearest(args.dataset, DEFAULTS)}; embedded is {', '.join(DEFAULTS)}, "
                          "timm's are torch/NAME and hfds/OWNER/NAME; folders of images are read from --data-dir FOLDER")
@@ -121,13 +139,19 @@ def _named(args: Namespace) -> Splits:
     if unused and args.dataset.lower().startswith('torch/'):
         raise UsageError(f"{', '.join(unused)} cannot be used with --dataset {args.dataset}: torchvision's datasets have none")
 
+    multi, further = args.task == 'multilabel', {}
+    if multi:
+        if not args.num_classes:
+            raise UsageError('--task multilabel needs --num-classes: the number of labels')
+        further['target_transform'] = MultiLabelTarget(args.num_classes, dense=args.target_format == 'multihot')
+
     def read(split: str) -> Dataset:
         try:
             found = create_dataset(
                 args.dataset, args.data_dir, split=split, download=args.dataset_download, class_map=args.class_map or None,
                 input_img_mode=args.input_img_mode or 'RGB', input_key=args.input_key, target_key=args.target_key,
-                trust_remote_code=args.dataset_trust_remote_code) if not args.dataset.lower().startswith('torch/') else (
-                create_dataset(args.dataset, args.data_dir, split=split, download=args.dataset_download))
+                trust_remote_code=args.dataset_trust_remote_code, **further) if not args.dataset.lower().startswith('torch/') else (
+                create_dataset(args.dataset, args.data_dir, split=split, download=args.dataset_download, **further))
         except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as e:
             reason = (str(e).strip().splitlines() or [''])[0]
             raise UsageError(f"--dataset {args.dataset}, split '{split}', cannot be opened: {type(e).__name__}: {reason}") from e
@@ -137,6 +161,8 @@ def _named(args: Namespace) -> Splits:
         return found
 
     train, validation = read(args.train_split), read(args.val_split)
+    if multi:  # what they are decides nothing
+        return Splits(train, validation, np.zeros((len(train), args.num_classes), np.float32), args.num_classes)
     targets = _targets(train)
     return Splits(train, validation, targets, int(targets.max()) + 1)
 
@@ -153,7 +179,7 @@ def _targets(images: Dataset) -> np.ndarray:
     return np.asarray(found, dtype=np.int64)
 
 
-def _digits() -> Splits:
+def _digits(labels: bool) -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -161,8 +187,9 @@ def _digits() -> Splits:
     data = load_digits()
     pixels = (data.images * (255 / 16)).astype(np.uint8)
     train, validation = split_holdout(data.target, 0.2, SPLIT_SEED)
-    return Splits(Digits(pixels[train], data.target[train]), Digits(pixels[validation], data.target[validation]),
-                  data.target[train], len(data.target_names))
+    targets = DIGIT_LABELS[data.target] if labels else data.target
+    return Splits(Digits(pixels[train], targets[train]), Digits(pixels[validation], targets[validation]), targets[train],
+                  targets.shape[1] if labels else len(data.target_names))
 
 
 def _folder(args: Namespace) -> Splits:
@@ -203,10 +230,10 @@ def _read(args: Namespace, split: str, classes: Optional[dict[str, int]] = None)
 
 
 def split_holdout(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sets aside a fraction of every class, at least one image of each class that has two.
+    """Sets aside a fraction of every class, at least one image of each class that has two; of images with labels, any.
 
     Args:
-        targets: Class of every image.
+        targets: Class of every image, or a row of labels.
         fraction: Share of the images to set aside.
         seed: Seed of the draw.
 
@@ -214,6 +241,9 @@ def split_holdout(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.n
         Indices of the images that stay and of those set aside, each ascending.
     """
     rng = np.random.default_rng(seed)
+    if targets.ndim == 2:
+        held = np.sort(rng.permutation(len(targets))[:round(fraction * len(targets))])
+        return np.setdiff1d(np.arange(len(targets)), held), held
     aside = []
     for c in np.unique(targets):
         of_class = rng.permutation(np.flatnonzero(targets == c))
@@ -262,7 +292,7 @@ def loader(view: View, args: Namespace, config: Mapping[str, Any], training: boo
             collate = FastCollateMixup(
                 mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
                 switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-                num_classes=args.num_classes)
+                num_classes=args.num_classes, multi_label=args.task == 'multilabel')
         if size < 1:
             raise UsageError(f'{len(view)} training images are too few for {world} processes')
     else:  # each process scores every so manyth image: none twice, as a sampler that pads would

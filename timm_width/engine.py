@@ -23,6 +23,7 @@ from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task.evaluator import MultiLabelClassificationEvaluator
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, init_distributed_device, random_seed
 from torch import distributed, nn
 from torch.nn import functional as F
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from .arguments import AMP_DTYPES
 from .config import SUFFIX, check_config
 from .data import UsageError, mixes
+from .losses import criterion_kwargs
 from .models import register
 from .space import WidthError, nearest
 
@@ -184,6 +186,8 @@ class Step:
             return self._training.criterion(logits, self.targets)
 
     def distill(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if self._training.args.task == 'multilabel':
+            return F.binary_cross_entropy_with_logits(logits.float(), teacher.detach().float().sigmoid())
         return F.cross_entropy(logits.float(), teacher.detach().float().softmax(-1))
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -362,7 +366,10 @@ class Training(Loop):
             batches.sampler.seed = self.seed  # of several processes: one order for all of them
         self.parameters = [*network.parameters(), *parameters]
         self.mixing = mixes(args)
-        self.criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=self.mixing).to(args.device)
+        try:
+            self.criterion = create_classification_loss(**criterion_kwargs(args, args.num_classes)).to(args.device)
+        except ValueError as e:
+            raise UsageError(str(e)) from e
         self.optimizer, self.scheduler, self.epochs = make_optimizer(
             network, args, epochs, self.updates_per_epoch, warmup_epochs, parameters)
         self.ema = ModelEmaV3(network, args.model_ema_decay, use_warmup=args.model_ema_warmup,
@@ -578,6 +585,8 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 def score(network: nn.Module, batches: Iterable, args: Namespace, *call: Any, **kwargs: Any) -> tuple[float, float]:
     """Top-1 accuracy in percent and mean cross-entropy, over the batches of all processes; in whatever mode the network is.
 
+    Under --task multilabel it is the mean average precision in percent, and the mean binary cross-entropy.
+
     Args:
         network: A model, or a network that takes more than images.
         batches: Batches of images and classes; with several processes, this one's share of them.
@@ -585,6 +594,8 @@ def score(network: nn.Module, batches: Iterable, args: Namespace, *call: Any, **
         *call: What the network takes after the images.
         **kwargs: What the network takes by name.
     """
+    if getattr(args, 'task', '') == 'multilabel':
+        return _score_labels(network, batches, args, *call, **kwargs)
     total = torch.zeros(3, dtype=torch.float64, device='cpu' if 'mps' in args.device else args.device)
     for images, targets in batches:
         if args.channels_last:
@@ -601,6 +612,18 @@ def score(network: nn.Module, batches: Iterable, args: Namespace, *call: Any, **
     return 100 * right / count, loss / count
 
 
+def _score_labels(network: nn.Module, batches: Iterable, args: Namespace, *call: Any, **kwargs: Any) -> tuple[float, float]:
+    found = MultiLabelClassificationEvaluator(args.device)
+    for images, targets in batches:
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(args):
+            logits = network(images, *call, **kwargs)
+        found.update(logits, targets)
+    metrics = found.compute(distributed=getattr(args, 'world_size', 1) > 1)
+    return metrics['map'], metrics['loss']
+
+
 def top1(model: nn.Module, batches: DataLoader, args: Namespace) -> float:
-    """Top-1 accuracy of a trained model in percent."""
+    """Top-1 accuracy of a trained model in percent, or its mean average precision."""
     return score(model.to(args.device).eval(), batches, args)[0]

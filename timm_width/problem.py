@@ -152,13 +152,18 @@ def learning_problem(problem: Problem) -> Problem:
     held = np.random.default_rng(args.seed).permutation(held)  # so that its first batches are of all classes
     if proxy == Proxy():
         return replace(problem, train=View(problem.train.images, kept), held=View(problem.train.images, held))
-    present = np.unique(targets)
+    if targets.ndim == 2:
+        if proxy.classes:
+            raise UsageError('--proxy classes= is for images with one class each')
+        kept = np.sort(np.random.default_rng(args.seed).permutation(kept)[:max(round(proxy.data * len(kept)), 1)])
+    present = np.arange(args.num_classes) if targets.ndim == 2 else np.unique(targets)
     if (proxy.classes or 0) > len(present):
         raise UsageError(f'--proxy classes={proxy.classes} is more than the {len(present)} classes of the images')
     classes = present if proxy.classes is None else np.sort(np.random.default_rng(args.seed).permutation(present)[:proxy.classes])
     names = None if proxy.classes is None else {int(c): i for i, c in enumerate(classes)}
-    kept = shrink(targets, kept, proxy.data, classes, args.seed)
-    held = held[np.isin(targets[held], classes)]
+    if targets.ndim == 1:
+        kept = shrink(targets, kept, proxy.data, classes, args.seed)
+        held = held[np.isin(targets[held], classes)]
     smaller = Namespace(**vars(args))
     smaller.img_size, smaller.num_classes = proxy.resolution or args.img_size, proxy.classes or args.num_classes
     model = base_model(smaller)

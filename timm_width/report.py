@@ -1,11 +1,19 @@
 """The final table of a search."""
 import csv
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ['print_table', 'write_table']
+__all__ = ['METRICS', 'metric_name', 'print_table', 'write_table']
+
+METRICS = {'top1': 'top-1', 'map': 'mAP'}  # name in files -> in print
+
+
+def metric_name(args: Namespace) -> str:
+    """What networks are compared by."""
+    return 'map' if args.task == 'multilabel' else 'top1'
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -29,11 +37,12 @@ def print_table(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     several = len({row['budget'] for row in rows} - {''}) > 1
     names = [f"{r['network']} {r['budget']}" if several and r['budget'] else r['network'] for r in rows]
     wide = max(10, *(len(name) + 2 for name in names))
-    trained = 'top1' in base
-    print(f"\n{'network':<{wide}}{'MACs':>18}{'params':>18}{'ms per image':>20}{'top-1 %' if trained else '':>16}")
+    metric = next((m for m in METRICS if m in base), None)
+    shown = f'{METRICS[metric]} %' if metric else ''
+    print(f"\n{'network':<{wide}}{'MACs':>18}{'params':>18}{'ms per image':>20}{shown:>16}")
     for name, r in zip(names, rows):
         macs, params = (f'{r[c] / 1e6:.2f}M {r[c] / base[c]:6.1%}' for c in ('macs', 'params'))
         ms = f"{r['latency_ms']:.3f} {r['latency_ms'] / base['latency_ms']:6.1%}"
-        spread = f" ± {r['top1_std']:.2f}" if r.get('top1_std', '') != '' else ''
-        print(f'{name:<{wide}}{macs:>18}{params:>18}{ms:>20}' + (f"{r['top1']:.2f}{spread}".rjust(16) if trained else ''))
+        spread = f" ± {r[f'{metric}_std']:.2f}" if r.get(f'{metric}_std', '') != '' else ''
+        print(f'{name:<{wide}}{macs:>18}{params:>18}{ms:>20}' + (f'{r[metric]:.2f}{spread}'.rjust(16) if metric else ''))
     print(f'(ms measured here: {where})')

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import policies
-from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, write_args
+from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, flags_given, write_args
 from .config import SUFFIX, fingerprint, load_spec, save
 from .cost import Budget
 from .data import DEFAULTS, UsageError, mixes
@@ -35,10 +35,11 @@ from .engine import Training, is_primary, of_primary, start_processes, top1, wai
 from .grids import GRIDS
 from .holdout import Holdout, Journal
 from .latency.measure import describe_device, latencies
+from .losses import resolve_loss
 from .models import supported
 from .policies.base import Choice
 from .problem import Problem, learning_problem, make_problem, parse_proxy
-from .report import print_table, write_table
+from .report import METRICS, metric_name, print_table, write_table
 from .space import MAX_GROWTH
 
 __all__ = ['main', 'parse', 'search']
@@ -114,6 +115,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
     parser.set_defaults(**earlier)
     args = parser.parse_args(argv)
+    resolve_loss(args, flags_given(parser, argv) | set(earlier))
     args.fix = list(dict.fromkeys(args.fix))  # one that is said again on --resume is no other
     if known.resume:
         args.output = known.resume
@@ -354,8 +356,9 @@ def _train_all(
         rows: Sequence[dict[str, Any]],
         provenance: Mapping[str, dict],
 ) -> None:
-    """Trains every network under every seed; adds top-1 to the rows, and saves what was found under the first seed."""
+    """Trains every network under every seed; adds their accuracy to the rows, and saves what was found under the first seed."""
     args, state = problem.args, Path(problem.args.output) / 'search'
+    metric = metric_name(args)
     journal = Journal(state / 'results.jsonl', args)
     trained = of_primary(args, [e.name == 'found' and _is_trained(_folder(args, e), args.epochs) for e in entries])
     training, validation = problem.training_batches(), problem.held_batches()
@@ -390,8 +393,8 @@ def _train_all(
             scores[i].append(journal.recall(key, partial(train, e, seed), anew))
     for i, row in enumerate(rows):
         found = torch.tensor(scores[i], dtype=torch.float64)
-        row['top1'] = round(found.mean().item(), 2)
-        row['top1_std'] = round(found.std().item(), 2) if args.seeds > 1 else ''
+        row[metric] = round(found.mean().item(), 2)
+        row[f'{metric}_std'] = round(found.std().item(), 2) if args.seeds > 1 else ''
     for e in entries:
         if e.name == 'found' and is_primary(args):
             path = _folder(args, e) / 'config.json'
@@ -403,7 +406,7 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     config = json.loads(path.read_text())
     said = config['timm_width']
     said['baseline'] = {row['network']: row for row in rows if row['network'] != 'found'}
-    said['top1'] = rows[-1]['top1']
+    said.update({k: rows[-1][k] for k in METRICS if k in rows[-1]})
     beside = path.with_name('.config.json.saving')
     beside.write_text(json.dumps(config, indent=2))
     beside.replace(path)

@@ -15,9 +15,9 @@ from timm.task.distillation import DistillationTeacher
 from torch import nn
 from torch.nn import functional as F
 
-from .commandline import criterion_kwargs
 from .data import UsageError
 from .engine import create
+from .losses import criterion_kwargs
 
 __all__ = ['make_task']
 

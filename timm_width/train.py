@@ -22,13 +22,13 @@ from torch import nn
 
 from . import commandline
 from .checkpoints import Checkpoints, checkpoint_path, make_folder, resume, resume_average
-from .data import UsageError
+from .data import UsageError, default_classes
 from .engine import is_primary, learning_rate, make_optimizer, start_processes
 from .output import publish
 from .start import build_model, load_start
 from .task_training import TaskTraining
 from .tasks import make_task
-from .training_data import default_classes, make_loaders, open_datasets
+from .training_data import make_loaders, open_datasets
 
 __all__ = ['main', 'parse', 'train']
 

@@ -23,13 +23,7 @@ from .data import DEFAULTS, SYNONYMS, UsageError, View, find_splits, mixes
 
 __all__ = ['open_datasets', 'make_loaders']
 
-DIGIT_LABELS = {d: [d % 2 == 0, d in (2, 3, 5, 7), d > 4, d in (0, 6, 8, 9), d % 3 == 0] for d in range(10)}
 FAILURES = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, AttributeError)
-
-
-def default_classes(args: Namespace) -> Optional[int]:
-    """Classes of an embedded dataset: those of other datasets are for --num-classes or the model to say."""
-    return None if args.dataset not in DEFAULTS else 5 if args.task == 'multilabel' else 10
 
 
 def open_datasets(args: Namespace, channels: int) -> tuple[Dataset, Optional[Dataset]]:
@@ -45,13 +39,10 @@ def open_datasets(args: Namespace, channels: int) -> tuple[Dataset, Optional[Dat
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     if args.dataset in DEFAULTS:
         splits = find_splits(args)
-        labels = {d: torch.tensor(v, dtype=torch.float32) for d, v in DIGIT_LABELS.items()} if args.task == 'multilabel' else None
-        if labels and args.num_classes != 5:
-            raise UsageError('the digits have 5 labels (even, prime, above four, with a loop, a multiple of three), '
-                             f'not --num-classes {args.num_classes}')
-        if args.num_classes < splits.num_classes and not labels:
-            raise UsageError(f'the images have {splits.num_classes} classes, the model {args.num_classes}: give --num-classes 10')
-        return View(splits.train, classes=labels, mode=mode), View(splits.validation, classes=labels, mode=mode)
+        if args.num_classes < splits.num_classes or args.task == 'multilabel' and args.num_classes != splits.num_classes:
+            raise UsageError(f'the images have {splits.num_classes} classes, the model {args.num_classes}: '
+                             f'give --num-classes {splits.num_classes}')
+        return View(splits.train, mode=mode), View(splits.validation, mode=mode)
     if not args.data_dir and '/' not in args.dataset:
         raise UsageError('no images: give --dataset digits, --dataset torch/NAME or the like, or --data-dir FOLDER')
     train = _open(args, mode, args.train_split, training=True)

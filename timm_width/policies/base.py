@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How well a network does on the holdout: top-1 accuracy in percent, and mean cross-entropy."""
+    """How well a network does on the holdout: top-1 accuracy (of labels: mAP) in percent, and mean cross-entropy."""
     top1: float
     loss: float
 
