@@ -24,15 +24,6 @@ from .arguments import (
     check_arguments,
     flags_given,
 )
-    OWN,
-    TRAIN_RANGES,
-    Parser,
-    add_arguments,
-    add_own_arguments,
-    add_train_arguments,
-    check_arguments,
-    flags_given,
-)
 from .data import DEFAULTS, UsageError
 from .losses import resolve_loss
 from .space import nearest
