@@ -4,7 +4,7 @@ All of timm's train.py are here, with its names, types, defaults and meaning: th
 those that only train has (`add_train_arguments`). `add_own_arguments` are train's that timm does not have.
 """
 import os
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter, _AppendAction
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -329,10 +329,11 @@ OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', '
 
 
 def flags_given(parser: ArgumentParser, argv: Optional[Sequence[str]]) -> set[str]:
-    """The flags that a command line says, by their names in Python."""
+    """The flags that a command line says, by their names in Python; but for those that may be said several times."""
     unset = object()
-    found = vars(parser.parse_args(argv, Namespace(**{a.dest: unset for a in parser._actions})))
-    return {k for k, v in found.items() if v is not unset}
+    known = [a.dest for a in parser._actions if not isinstance(a, _AppendAction)]
+    found = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(known, unset))))
+    return {k for k in known if found.get(k, unset) is not unset}
 
 
 def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> None:
