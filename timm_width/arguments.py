@@ -107,7 +107,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add('--interpolation', default='', type=str, metavar='NAME', help="resizing (default: the model's)")
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per step and process')
     add('-vb', '--validation-batch-size', type=int, metavar='N',
-        help='images per step when nothing is trained (default: --batch-size)')
+        help='images per step when nothing is trained')
     add('--channels-last', action='store_true', help='channels-last memory layout')
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per optimiser step')
     add('--fast-norm', action='store_true', help='normalisations in lower precision under --amp')
