@@ -61,6 +61,7 @@ def test_search_has_its_flags_from_the_same_definition():
     args, _ = search.parse(['--policy', 'random', '--budget', 'macs=0.5x', '--output', 'x'])
     other = {k for k, v in wanted.items() if getattr(args, k) != shared.get_default(k)}
     assert other <= {*search.SEARCH_DEFAULTS}
+    assert (args.epochs, args.batch_size, args.validation_batch_size, args.sched_on_updates) == (50, 64, 512, True)
 
 
 def test_own_flags_are_off_by_default():

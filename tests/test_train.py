@@ -26,6 +26,7 @@ import timm_width
 from timm_width import train
 from timm_width.checkpoints import RANDOM
 from timm_width.cli import main as cli
+from timm_width.start import build_model
 
 ROOT = Path(__file__).parent.parent
 NAMES = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
@@ -71,6 +72,8 @@ LOOPS = {  # flags -> what they mean to timm's functions
     'sgd, ema': ('--model-ema --model-ema-decay 0.8', {'ema': {'decay': 0.8}}),
     'adamw, ema': ('--opt adamw --lr 0.002 --model-ema --model-ema-decay 0.8 --model-ema-warmup',
                    {'opt': {'opt': 'adamw', 'lr': 0.002}, 'ema': {'decay': 0.8, 'use_warmup': True}}),
+    'lookahead': ('--opt lookahead_sgd', {'opt': {'opt': 'lookahead_sgd'}}),
+    'second order': ('--opt adahessian --lr 0.01', {'opt': {'opt': 'adahessian', 'lr': 0.01}, 'second_order': True}),
     'bfloat16': ('--amp --amp-dtype bfloat16', {'dtype': torch.bfloat16}),
     'mixup': ('--mixup 0.4 --cutmix 0.5 --mixup-off-epoch 1', {'mixup': True}),
     'updates, accumulation, clipping': ('--sched-on-updates --grad-accum-steps 3 --clip-grad 0.5',
@@ -80,7 +83,8 @@ LOOPS = {  # flags -> what they mean to timm's functions
 }
 
 
-def by_hand(images, opt=None, ema=None, dtype=None, mixup=False, accumulate=1, on_updates=False, clip=None, aug=None, model=None):
+def by_hand(images, opt=None, ema=None, dtype=None, mixup=False, accumulate=1, on_updates=False, clip=None, aug=None, model=None,
+            second_order=False):
     """timm's API, written out: the order in which random numbers are drawn is that of timm's script."""
     random_seed(42, 0)
     net = timm.create_model('test_resnet', num_classes=3, drop_rate=0., **(model or {}))
@@ -109,7 +113,7 @@ def by_hand(images, opt=None, ema=None, dtype=None, mixup=False, accumulate=1, o
             with torch.autocast('cpu', dtype, enabled=dtype is not None):
                 loss = criterion(net(x), y)
             seen.append(loss.item())
-            (loss / min(accumulate, len(batches) - i // accumulate * accumulate)).backward()
+            (loss / min(accumulate, len(batches) - i // accumulate * accumulate)).backward(create_graph=second_order)
             if i % accumulate == accumulate - 1 or i == len(batches) - 1:
                 if clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
@@ -119,6 +123,8 @@ def by_hand(images, opt=None, ema=None, dtype=None, mixup=False, accumulate=1, o
                     averages.update(net, step=done)
                 if scheduler:
                     scheduler.step_update(done)
+        if hasattr(optimizer, 'sync_lookahead'):
+            optimizer.sync_lookahead()
         result = (averages or net).eval()
         with torch.no_grad():
             if averages:
@@ -141,6 +147,21 @@ def test_losses_and_weights_are_those_of_a_loop_by_hand(name, image_folder, tmp_
     assert ('state_dict_ema' in state) == (averages is not None)
     if averages:
         torch.testing.assert_close(state['state_dict_ema'], dict(averages.module.state_dict()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_flag_of_zero_is_not_a_flag_left_out():
+    """--drop-path 0 takes away what a model has of its own."""
+    args, _ = train.parse(['--model', 'swin_tiny_patch4_window7_224', '--drop-path', '0', '--device', 'cpu'])
+    with torch.device('meta'):
+        model = build_model(args, 3)
+    assert not [m for m in model.modules() if type(m).__name__ == 'DropPath' and m.drop_prob > 0]
+
+
+def test_recovery_checkpoints_count_updates(image_folder, tmp_path):
+    """With gradients accumulated over two batches, every second update is the fourth batch; none because an epoch ends."""
+    folder = run(image_folder, tmp_path, '-b', 2, '--grad-accum-steps', 2, '--recovery-interval', 2, '--epochs', 1)
+    found = sorted(int(p.name.split('-')[2].split('.')[0]) for p in folder.glob('recovery-*'))
+    assert found == [5, 7]  # 36 images are 18 batches and 9 updates; the last two are kept
 
 
 # -- files -------------------------------------------------------------------------------------------------------------------
@@ -523,6 +544,9 @@ BAD = {
     'token': (['--kd-model-name', 'local-dir:SAVED', '--kd-distill-type', 'token'], "does not have 'set_distilled_training'"),
     'naflex': (['--naflex-loader'], 'needs a NaFlex model'),
     'opt': (['--opt', 'nonesuch'], 'nonesuch'),
+    'save to a file': (['--save-pretrained', 'BASE'], 'is a file: give a folder'),
+    'script': (['--torchscript', '--latency-backend', 'torch'], '--torchscript does not go with --latency-backend'),
+    'remode': (['--remode', 'nope'], "--remode must be const or rand or pixel, not 'nope'"),
     'module': (['--device-modules', 'nonesuch'], "--device-modules 'nonesuch' cannot be imported"),
 }
 

@@ -41,6 +41,7 @@ TRAIN_RANGES = {
 }
 CHOICES = {  # timm's parser leaves these to fail later
     'amp_dtype': ('float16', 'bfloat16'), 'clip_mode': ('norm', 'value', 'agc'), 'lr_base_scale': ('', 'linear', 'sqrt'),
+    'remode': ('const', 'rand', 'pixel'), 'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr'),
     'mixup_mode': ('batch', 'pair', 'elem', 'half'), 'worker_seeding': ('all', 'part'),
 }
 PROCESS = ('rank', 'local_rank', 'distributed')
@@ -371,27 +372,28 @@ def check_arguments(args: Namespace, ranges: Mapping[str, tuple] = RANGES) -> No
         raise UsageError(f"--device '{args.device}' cannot be used here: {str(e).splitlines()[0]}") from None
 
 
-def check_output(folder: Path, overwrite: bool, source: str = '') -> None:
+def check_output(folder: Path, overwrite: bool, source: str = '', flag: str = '--output') -> None:
     """Refuses an output folder that is in use, cannot be made, or is where the model comes from.
 
     Args:
         folder: The folder.
         overwrite: Whether it may be in use.
         source: --model.
+        flag: The flag that names the folder.
 
     Raises:
         UsageError: With the reason.
     """
     kind, _, path = source.partition(':')
     if kind == 'local-dir' and Path(path).resolve() == folder.resolve():
-        raise UsageError(f"--output '{folder}' is the folder of --model: the results would replace what they start from")
+        raise UsageError(f"{flag} '{folder}' is the folder of --model: the results would replace what they start from")
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output '{folder}' is a file: give a folder")
+        raise UsageError(f"{flag} '{folder}' is a file: give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UsageError(f"--output '{folder}' exists and is not empty: give another folder, or --overwrite")
+        raise UsageError(f"{flag} '{folder}' exists and is not empty: give another folder, or --overwrite")
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UsageError(f"--output '{folder}' cannot be made: '{there}' is not a folder that one can write to")
+        raise UsageError(f"{flag} '{folder}' cannot be made: '{there}' is not a folder that one can write to")
 
 
 def write_args(args: Namespace, folder: Path) -> None:

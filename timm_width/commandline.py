@@ -22,6 +22,7 @@ from .arguments import (
     add_own_arguments,
     add_train_arguments,
     check_arguments,
+    check_output,
     flags_given,
 )
 from .data import DEFAULTS, UsageError
@@ -77,8 +78,8 @@ def parse(argv: Optional[Sequence[str]] = None, description: str = '') -> tuple[
     parser.set_defaults(**config)
     given = flags_given(parser, rest)
     args = parser.parse_args(rest)
+    text = yaml.safe_dump(vars(said(args)), default_flow_style=False)  # as given: -c reads it again
     _resolve(args, given | set(config))
-    text = yaml.safe_dump(vars(said(args)), default_flow_style=False)
     if 'device' not in given and args.device == 'cuda' and not torch.cuda.is_available():
         if os.environ.get('RANK', '0') == '0':
             print('there is no CUDA device here: training on the CPU (--device says otherwise)', flush=True)
@@ -90,8 +91,6 @@ def parse(argv: Optional[Sequence[str]] = None, description: str = '') -> tuple[
 def said(args: Namespace) -> Namespace:
     """The flags without those of ours that were left alone: what is written down."""
     return Namespace(**{k: v for k, v in vars(args).items() if k not in OWN or v is not None})
-
-
 
 
 # -- YAML ------------------------------------------------------------------------------------------------------------------
@@ -187,6 +186,11 @@ def _resolve(args: Namespace, given: set[str]) -> None:
                          'or --widths with --pretrained')
     if args.finetune_from and 'model' not in given and (Path(args.finetune_from) / 'config.json').is_file():
         args.model = f'local-dir:{args.finetune_from}'
+    ours = [f for f in ('save_pretrained', 'push_to_hub', 'latency_backend', 'kd_model_name') if getattr(args, f)]
+    if args.torchscript and ours:
+        raise UsageError(f"--torchscript does not go with --{ours[0].replace('_', '-')}")
+    if args.save_pretrained:
+        check_output(Path(args.save_pretrained), True, args.model, '--save-pretrained')
     if args.inherit and args.finetune_from:
         raise UsageError('--inherit and --finetune-from both say where weights come from')
 

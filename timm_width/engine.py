@@ -53,7 +53,7 @@ def model_arguments(args: Namespace) -> dict[str, Any]:
               'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'checkpoint_path': args.initial_checkpoint}
     overlay = {**({'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else {}), **args.pretrained_cfg_overlay}
     wanted['pretrained_cfg_overlay'] = overlay
-    return {**{k: v for k, v in wanted.items() if v}, **args.model_kwargs}
+    return {**{k: v for k, v in wanted.items() if v not in (None, '', {})}, **args.model_kwargs}
 
 
 def create(
@@ -250,7 +250,8 @@ class Loop:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss of this batch to those of the update."""
-        self.scaler.scale(loss * self._share).backward()
+        second_order = getattr(self.optimizer, 'is_second_order', False)  # AdaHessian
+        self.scaler.scale(loss * self._share).backward(create_graph=second_order)
 
     def run_epoch(self, bar: tqdm) -> tuple[float, float]:
         """Trains for one epoch.
@@ -281,8 +282,10 @@ class Loop:
             if last:
                 lr = self.optimizer.param_groups[0]['lr']
                 self._update()
-            self.after_batch(i, step)
+                self.after_update(i // self.args.grad_accum_steps, step)
             bar.update()
+        if hasattr(self.optimizer, 'sync_lookahead'):
+            self.optimizer.sync_lookahead()
         if not losses:
             return 0., lr
         weights = torch.tensor(sizes, dtype=torch.float32, device=losses[0].device)
@@ -312,8 +315,8 @@ class Loop:
     def average(self) -> None:
         """Follows the weights with their averages, after an update."""
 
-    def after_batch(self, i: int, step: Step) -> None:
-        """Called after each batch, and after its update if it ends one."""
+    def after_update(self, update: int, step: Step) -> None:
+        """Called after each update, with its number in the epoch and the batch that ended it."""
 
     def _update(self) -> None:
         args = self.args
@@ -484,7 +487,7 @@ def _read_state(path: Path, device: str) -> dict[str, Any]:
 
 
 def learning_rate(args: Namespace) -> float:
-    """--lr, or what timm derives from --lr-base and the images per update."""
+    """--lr (0 too, which timm takes for none given), or what timm derives from --lr-base and the images per update."""
     if args.lr is not None:
         return args.lr
     adaptive = any(word in args.opt.lower() for word in ('ada', 'lamb'))

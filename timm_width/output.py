@@ -43,20 +43,19 @@ def publish(model: nn.Module, args: Namespace, config: Mapping[str, Any], result
         config: timm's data config that it was trained with.
         results: What each epoch gave.
     """
-    if args.latency_backend:
-        _time(model, args, config)
-    if not args.save_pretrained and not args.push_to_hub:
+    if not args.latency_backend and not args.save_pretrained and not args.push_to_hub:
         return
-    if not hasattr(model, 'pretrained_cfg'):
-        raise UsageError('--save-pretrained and --push-to-hub need a timm model, not one under --torchscript')
     searched = _architecture(model).endswith(SUFFIX)
     if args.save_pretrained:
         folder = Path(args.save_pretrained)
-        if searched:
-            save(model, folder, provenance_of(args), data_config=config)
-        else:
-            save_for_hf(model, folder, safe_serialization=True, data_config=dict(config))
-        (folder / 'README.md').write_text(_card(model, f'local-dir:{folder}', results), encoding='utf-8')
+        try:
+            if searched:
+                save(model, folder, provenance_of(args), data_config=config)
+            else:
+                save_for_hf(model, folder, safe_serialization=True, data_config=dict(config))
+            (folder / 'README.md').write_text(_card(model, f'local-dir:{folder}', results), encoding='utf-8')
+        except OSError as e:
+            raise UsageError(f"--save-pretrained '{folder}': {e.strerror or e}; the weights are in the run's last.pth.tar") from e
         print(f"saved: {'import timm_width; ' * searched}timm.create_model('local-dir:{folder}', pretrained=True)", flush=True)
     if args.push_to_hub:
         further = {'model_config': {'timm_width': provenance_of(args)},
@@ -67,6 +66,8 @@ def publish(model: nn.Module, args: Namespace, config: Mapping[str, Any], result
         except Exception as e:  # of the network, of rights
             raise UsageError(f"--push-to-hub '{args.push_to_hub}': {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
         print(f"pushed: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)", flush=True)
+    if args.latency_backend:
+        _time(model.float(), args, config)  # last: what fails here costs nothing
 
 
 def _architecture(model: nn.Module) -> str:
@@ -94,7 +95,7 @@ def _time(model: nn.Module, args: Namespace, config: Mapping[str, Any]) -> None:
     networks = {name: model}
     if name.endswith(SUFFIX):
         networks[name.removesuffix(SUFFIX)] = timm.create_model(
-            name.removesuffix(SUFFIX), num_classes=model.num_classes, in_chans=model.in_chans).to(next(model.parameters()).dtype)
+            name.removesuffix(SUFFIX), num_classes=model.num_classes, in_chans=model.in_chans)
     batch = 16 if 'cuda' in args.device else 1
     found = latencies(networks, config['input_size'], batch, args.device)
     print(f"\nlatency ({args.latency_backend}, batch {batch}, {describe_device(args.device)['device']}):")

@@ -153,7 +153,7 @@ def _weights(path: Path, flag: str) -> dict[str, torch.Tensor]:
     except Exception:  # timm's hold a Namespace, others are no pickles: timm reads them
         found = None
     if isinstance(found, dict) and 'network' in found:
-        return {k.removeprefix('model.'): v for k, v in (found['ema'] or found['network']).items()}
+        return {k.removeprefix('model.'): v for k, v in (found.get('ema') or found['network']).items()}
     try:
         return clean_state_dict(load_state_dict(str(path), use_ema=True))
     except Exception as e:  # unpickling fails in many ways

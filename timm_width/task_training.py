@@ -96,19 +96,19 @@ class TaskTraining(Loop):
     def average(self) -> None:
         self.task.update_ema(step=self.updates)
 
-    def after_batch(self, i: int, step: Step) -> None:
-        args, count = self.args, len(self.batches)
-        if i % args.log_interval == 0 or i == count - 1:
-            rate = len(step.targets) * args.world_size / max(time.perf_counter() - self.started, 1e-9) * (
-                1 if i == 0 else min(args.log_interval, i))
+    def after_update(self, update: int, step: Step) -> None:
+        args, count = self.args, self.updates_per_epoch
+        if update % args.log_interval == 0 or update == count - 1:
+            images = len(step.targets) * args.grad_accum_steps * args.world_size * (min(args.log_interval, update) or 1)
+            rate = images / max(time.perf_counter() - self.started, 1e-9)
             self.started = time.perf_counter()
-            if is_primary(args) and i and i != count - 1:
-                tqdm.write(f"epoch {self.epoch}, batch {i} of {count}: loss {float(step.first_loss):.4f}, lr "
+            if is_primary(args) and update and update != count - 1:
+                tqdm.write(f"epoch {self.epoch}, update {update} of {count}: loss {float(step.first_loss):.4f}, lr "
                            f"{self.optimizer.param_groups[0]['lr']:.3g}, {rate:.0f} images/s")
             if args.save_images and self.folder is not None and isinstance(step.images, torch.Tensor):
-                save_images(step.images, self.folder, i)
-        if self.recover is not None and args.recovery_interval and (i == count - 1 or (i + 1) % args.recovery_interval == 0):
-            self.recover(self.epoch, i)
+                save_images(step.images, self.folder, update)
+        if self.recover is not None and args.recovery_interval and (update + 1) % args.recovery_interval == 0:
+            self.recover(self.epoch, update)
 
     def train(
             self,

@@ -1,4 +1,5 @@
 """The task of a training: classification, labels or distillation, as timm's train.py makes them."""
+import logging
 from argparse import Namespace
 from typing import Any, Optional
 
@@ -21,12 +22,14 @@ from .losses import criterion_kwargs
 
 __all__ = ['make_task']
 
+_logger = logging.getLogger(__name__)
+
 
 class Teacher(DistillationTeacher):
     """A teacher that sees the student's images at a size of its own."""
 
-    def __init__(self, model: nn.Module, image_size: Optional[int], device: torch.device):
-        super().__init__(model.to(device), device=device)
+    def __init__(self, model: nn.Module, image_size: Optional[int], device: torch.device, dtype: Optional[torch.dtype]):
+        super().__init__(model.to(device, dtype), device=device, dtype=dtype)
         self.image_size = image_size
 
     def normalize_input(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -58,8 +61,12 @@ def make_task(model: nn.Module, args: Namespace) -> TrainingTask:
 
 def _distillation(model: nn.Module, args: Namespace, device: torch.device, common: dict[str, Any]) -> TrainingTask:
     teacher = create(args.kd_model_name, model.num_classes, True, in_chans=model.in_chans)
+    stored = getattr(teacher, 'pretrained_cfg', {}).get('num_classes')
+    if stored not in (None, model.num_classes):
+        _logger.warning(f"--kd-model-name '{args.kd_model_name}' has {stored} classes and the student {model.num_classes}: the "
+                        "teacher's classifier is a new, random one")
     size = args.teacher_img_size
-    common.update(student_model=model, teacher_model=Teacher(teacher, size, device),
+    common.update(student_model=model, teacher_model=Teacher(teacher, size, device, common['dtype']),
                   distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     if args.kd_distill_type == 'logit':
         return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)

@@ -180,6 +180,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args, text = parse(argv)
     results = train(args, text)
     if is_primary(args):
-        name = args.eval_metric
-        found = sorted(results, key=lambda r: r.get('validation', r['train']).get(name, 0), reverse=name == 'loss')
+        validated = [r for r in results if 'validation' in r]
+        part, name = ('validation', args.eval_metric) if validated else ('train', 'loss')
+        found = sorted(validated or results, key=lambda r: r[part][name], reverse=name == 'loss')
         print(f'--result\n{json.dumps(found[-10:], indent=4)}')

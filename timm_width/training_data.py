@@ -42,7 +42,7 @@ def open_datasets(args: Namespace, channels: int) -> tuple[Dataset, Optional[Dat
         if args.num_classes < splits.num_classes or args.task == 'multilabel' and args.num_classes != splits.num_classes:
             raise UsageError(f'the images have {splits.num_classes} classes, the model {args.num_classes}: '
                              f'give --num-classes {splits.num_classes}')
-        return View(splits.train, mode=mode), View(splits.validation, mode=mode)
+        return View(splits.train, mode=mode), View(splits.validation, mode=mode) if args.val_split else None
     if not args.data_dir and '/' not in args.dataset:
         raise UsageError('no images: give --dataset digits, --dataset torch/NAME or the like, or --data-dir FOLDER')
     train = _open(args, mode, args.train_split, training=True)
@@ -130,7 +130,7 @@ def make_loaders(
     mixup = None
     if args.naflex_loader:
         mixing.pop('cutmix_minmax'), mixing.pop('mode')
-        mixup = NaFlexMixup(**mixing) if mixes(args) else None
+        mixup = NaFlexMixup(**mixing, mixup_off_epoch=args.mixup_off_epoch) if mixes(args) else None
     elif mixes(args) and not prefetch:
         mixup = Mixup(**mixing)
     collate = FastCollateMixup(**mixing) if mixes(args) and prefetch and not args.naflex_loader else None
@@ -148,7 +148,7 @@ def make_loaders(
         'grayscale_prob': args.grayscale_prob or 0., 'gaussian_blur_prob': args.gaussian_blur_prob or 0., 'auto_augment': args.aa,
         'num_aug_repeats': args.aug_repeats, 'num_aug_splits': args.aug_splits, 'interpolation': interpolation}
     plain = {'is_training': False, 'interpolation': config['interpolation'], 'crop_pct': config['crop_pct'],
-             'crop_mode': config['crop_mode'], 'batch_size': args.validation_batch_size or args.batch_size}
+             'batch_size': args.validation_batch_size or args.batch_size}
     reading = dict(common)
     if args.distributed and any(kind in args.dataset for kind in ('tfds', 'wds')):
         reading['num_workers'] = min(2, args.workers)  # that each process reads as many
