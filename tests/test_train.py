@@ -544,6 +544,8 @@ BAD = {
     'token': (['--kd-model-name', 'local-dir:SAVED', '--kd-distill-type', 'token'], "does not have 'set_distilled_training'"),
     'naflex': (['--naflex-loader'], 'needs a NaFlex model'),
     'opt': (['--opt', 'nonesuch'], 'nonesuch'),
+    'labels': (['--task', 'multilabel'], 'a folder of images gives each one class'),
+    'no folder': (['--data-dir', 'nowhere'], "there is no folder 'nowhere'"),
     'save to a file': (['--save-pretrained', 'BASE'], 'is a file: give a folder'),
     'script': (['--torchscript', '--latency-backend', 'torch'], '--torchscript does not go with --latency-backend'),
     'remode': (['--remode', 'nope'], "--remode must be const or rand or pixel, not 'nope'"),
@@ -639,8 +641,8 @@ def test_multilabel(tmp_path):
     table = rows(tmp_path / 'x')
     assert {'eval_map', 'eval_micro_f1', 'eval_sample_f1'} <= set(table[0]) and float(table[-1]['eval_map']) > 60
     said = yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())
-    assert said['smoothing'] == 0. and said['eval_metric'] == 'map'
     state = load(tmp_path / 'x' / 'model_best.pth.tar')
+    assert (said['smoothing'], state['args'].smoothing) == (0.1, 0.) and state['args'].eval_metric == 'map'  # as given, as used
     assert state['metric'] == max(float(r['eval_map']) for r in table) and state['state_dict']['fc.weight'].shape[0] == 5
 
 

@@ -160,6 +160,8 @@ def make_folder(args: Namespace, text: str, image_size: int, start_epoch: int) -
     name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
     try:
         folder = Path(get_outdir(args.output or FOLDER, name))
+        if start_epoch == 0 and (folder / 'summary.csv').is_file():
+            print(f"'{folder}' holds an earlier run: its summary.csv starts anew (--resume auto would go on with it)", flush=True)
         (folder / 'args.yaml').write_text(text)
         trim_summary(str(folder / 'summary.csv'), start_epoch)
     except OSError as e:

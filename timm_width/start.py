@@ -123,14 +123,14 @@ def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], flag: str, path
     own = model.state_dict()
     other = [k for k in own if k.rpartition('.')[0] in _classifiers(model) and (
         k not in weights or weights[k].shape != own[k].shape)]
-    if other:
-        print(f"{flag}: the classifier is new, as '{path}' has another number of classes", flush=True)
     try:
         missing, unknown = model.load_state_dict({k: v for k, v in weights.items() if k not in other}, strict=False)
     except RuntimeError as e:
-        raise UsageError(f"{flag} '{path}' has weights of other shapes than the model: "
+        raise UsageError(f"{flag} '{path}' has weights of other shapes than the model (leave out --model to take a folder's own): "
                          f"{str(e).splitlines()[1].strip() if len(str(e).splitlines()) > 1 else e}") from None
     missing = [k for k in missing if k not in other]
+    if other and not missing and not unknown:
+        print(f"{flag}: the classifier is new, as '{path}' has another number of classes", flush=True)
     if missing or unknown:
         raise UsageError(f"{flag} '{path}' has weights of another model: " + '; '.join(
             f"{what} {', '.join(names[:3])}" for what, names in (('there is no', missing), ('unknown are', unknown)) if names))

@@ -47,6 +47,9 @@ def open_datasets(args: Namespace, channels: int) -> tuple[Dataset, Optional[Dat
         raise UsageError('no images: give --dataset digits, --dataset torch/NAME or the like, or --data-dir FOLDER')
     train = _open(args, mode, args.train_split, training=True)
     _check_classes(args, train)
+    if args.task == 'multilabel' and '/' not in args.dataset:
+        raise UsageError('--task multilabel needs images with several labels each: hfds/OWNER/NAME with its --target-key, or the '
+                         '--dataset digits; a folder of images gives each one class')
     if not args.val_split:
         return train, None
     if '/' not in args.dataset and _has_split(args.data_dir, args.train_split) and not _has_split(args.data_dir, args.val_split):
@@ -80,7 +83,9 @@ def _open(args: Namespace, mode: str, split: str, training: bool = False, class_
     except FAILURES as e:
         what = f'--dataset {args.dataset}' if args.dataset else f"--data-dir '{args.data_dir}'"
         reason = (str(e).strip().splitlines() or [''])[0]
-        raise UsageError(f"{what}, split '{split}', cannot be opened: {type(e).__name__}: {reason}") from e
+        if args.data_dir and not Path(args.data_dir).exists():
+            reason = f"there is no folder '{args.data_dir}'"
+        raise UsageError(f"{what}, split '{split}', cannot be opened: {reason or type(e).__name__}") from e
 
 
 def _check_classes(args: Namespace, images: Dataset) -> None:
