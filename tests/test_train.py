@@ -662,7 +662,7 @@ MATRIX = {  # what is trained for an epoch; a dagger marks those that a short te
     'poly': '--sched poly --lr-k-decay 0.5 --decay-rate 2 --cooldown-epochs 1', 'multistep': '--sched multistep --decay-milestones 1',
     'wsd': '--sched wsd --decay-epochs 1 --lr-decay-fn linear', 'rsqrt': '--sched rsqrt --warmup-epochs 1 --epochs 3 --decay-epochs 1 --lr-stable-timescale 2',
     'plateau \u2020': '--sched plateau --patience-epochs 0', 'none': '--sched none', 'constant': '--sched constant --warmup-epochs 1', 'prefix': '--warmup-epochs 1 --warmup-prefix',
-    'noise': '--lr-noise 0.1 0.9 --lr-noise-pct 0.5 --lr-noise-std 2', 'lr base': '--lr-base 0.2 --lr-base-size 16 --lr-base-scale sqrt',
+    'noise': '--lr-noise 0.1 0.9 --lr-noise-pct 0.5 --lr-noise-std 2', 'lr base': '--lr-base 0.2 --lr-base-size 16 --lr-base-scale sqrt --lr',
     'colours': '--color-jitter 0.2 --color-jitter-prob 0.5 --grayscale-prob 0.3 --gaussian-blur-prob 0.3', 'no aug': '--no-aug', 'crop mode': '--train-crop-mode rkrr',
     'erasing': '--reprob 0.5 --remode const --recount 2 --resplit', 'splits, jsd \u2020': '--aug-splits 3 --jsd-loss --split-bn --aa augmix-m3 --resplit',
     'splits': '--aug-splits 2 --aa rand-m3 --no-prefetcher', 'no prefetcher \u2020': '--no-prefetcher --mixup 0.2 --mixup-mode elem --reprob 0.2', 'pairs': '--cutmix-minmax 0.2 0.6 --mixup-mode pair',
@@ -681,18 +681,31 @@ MATRIX = {  # what is trained for an epoch; a dagger marks those that a short te
 }
 
 
+QUIET = {  # these say where, how or how much is told, not what comes out; the last two are for datasets that are read as streams
+    'positional folder', 'ema on the cpu \u2020', 'images', 'wandb', 'loss as metric', 'device modules', 'local rank', 'repeats',
+    'samples'}
+
+
+@pytest.fixture(scope='module')
+def plain_rows(image_folder, tmp_path_factory):
+    """What comes out without any of the flags."""
+    return rows(run(image_folder, tmp_path_factory.mktemp('plain')))
+
+
 @pytest.mark.parametrize('name', [n if '\u2020' in n else pytest.param(n, marks=pytest.mark.slow) for n in MATRIX])
-def test_flags_train(name, base, image_folder, tmp_path):
+def test_flags_train(name, base, plain_rows, image_folder, tmp_path):
+    """They train, and losses or learning rates are others than without them, but for those that are QUIET."""
     (tmp_path / 'map.txt').write_text('red\ngreen\nblue\n')
     known = {'IMAGES': image_folder, 'MAP': tmp_path / 'map.txt', 'BASE': base[0] / 'last.pth.tar', 'WEIGHTS': base[1] / 'model.safetensors'}
     flags = [str(known.get(f, f)) for f in MATRIX[name].split()]
     argv = command(image_folder, tmp_path)
-    for off in ('--data-dir', '--img-size'):
+    for off in ('--data-dir', '--img-size', '--lr'):
         if flags[-1] == off:  # replaced, not given again
             flags.pop(), argv.__delitem__(slice(argv.index(off), argv.index(off) + 2))
     train.main([*argv, *flags])
     assert losses(tmp_path / 'x') and np.isfinite(losses(tmp_path / 'x')).all()
     assert float(rows(tmp_path / 'x')[-1]['eval_loss']) > 0
+    assert (rows(tmp_path / 'x') == plain_rows) == (name in QUIET)
 
 
 def test_the_matrix_has_every_flag():
