@@ -251,7 +251,8 @@ class Loop:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss of this batch to those of the update."""
         second_order = getattr(self.optimizer, 'is_second_order', False)  # AdaHessian
-        self.scaler.scale(loss * self._share).backward(create_graph=second_order)
+        loss = loss if self._share == 1 else loss * self._share
+        self.scaler.scale(loss).backward(create_graph=second_order)
 
     def run_epoch(self, bar: tqdm) -> tuple[float, float]:
         """Trains for one epoch.
