@@ -11,7 +11,7 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, get_outdir, load_checkpoint_metadata, trim_summary
 
 from .commandline import said
-from .data import UsageError
+from .data import UsageError, first_line
 from .engine import random_states_of_all
 
 __all__ = ['RANDOM', 'Checkpoints', 'checkpoint_path', 'make_folder', 'resume']
@@ -144,7 +144,7 @@ def resume_average(path: str, task: TrainingTask) -> None:
 
 
 def _refused(path: str, e: Exception) -> UsageError:
-    reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    reason = first_line(e)
     return UsageError(f"--resume '{path}' is not a checkpoint of this model: {reason}")
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .space import nearest
 
 __all__ = [
-    'DEFAULTS', 'SYNONYMS', 'Splits', 'UsageError', 'View', 'default_classes', 'find_splits', 'loader', 'mixes', 'open_splits',
-    'shrink', 'split_holdout',
+    'DEFAULTS', 'SYNONYMS', 'Splits', 'UsageError', 'View', 'default_classes', 'find_splits', 'first_line', 'loader', 'mixes',
+    'open_splits', 'shrink', 'split_holdout',
 ]
 
 SYNONYMS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')  # folders that timm reads as one split
@@ -43,6 +43,11 @@ def default_classes(args: Namespace) -> Optional[int]:
 
 class UsageError(ValueError):
     """Something that the user gave cannot be worked with."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is called if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

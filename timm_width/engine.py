@@ -39,7 +39,7 @@ from .space import WidthError, nearest
 
 __all__ = [
     'Loop', 'Step', 'Training', 'autocast', 'batch_statistics', 'create', 'data_config', 'is_primary', 'learning_rate',
-    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'random_states_of_all', 'score', 'set_random_states',
+    'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'say', 'random_states_of_all', 'score', 'set_random_states',
     'start_processes', 'top1', 'wait_for_all',
 ]
 
@@ -126,6 +126,12 @@ def start_processes(args: Namespace) -> None:
 def is_primary(args: Namespace) -> bool:
     """Whether this process is the one that writes files."""
     return getattr(args, 'rank', 0) == 0
+
+
+def say(args: Namespace, text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_primary(args):
+        print(text, flush=True)
 
 
 def wait_for_all(args: Namespace) -> None:

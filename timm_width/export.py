@@ -31,7 +31,7 @@ from torch import nn
 from . import __version__
 from .arguments import Parser
 from .config import fingerprint
-from .data import UsageError
+from .data import UsageError, first_line
 from .engine import create
 
 __all__ = ['export', 'main']
@@ -78,7 +78,7 @@ def export(args: Namespace) -> str:
         with torch.inference_mode():
             expected = [model(x) for x in images]
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise UsageError(f"the model cannot run on images of {data['input_size']}: {_first_line(e)}") from e
+        raise UsageError(f"the model cannot run on images of {data['input_size']}: {first_line(e)}") from e
     if not all(y.isfinite().all() for y in expected):
         raise UsageError('the outputs of the model are not finite: its weights are broken')
     metadata = _metadata(model, data, precision, args.no_weights)
@@ -151,7 +151,7 @@ def _beside(output: Path) -> Iterator[Path]:
                 (Path(folder) / precision).mkdir()
             yield Path(folder)
     except OSError as e:
-        raise UsageError(f"'{output}' cannot be written: {_first_line(e)}") from e
+        raise UsageError(f"'{output}' cannot be written: {first_line(e)}") from e
 
 
 def _write(model: nn.Module, images: torch.Tensor, dynamic: bool, path: Path, metadata: dict[str, str]) -> int:
@@ -165,7 +165,7 @@ def _write(model: nn.Module, images: torch.Tensor, dynamic: bool, path: Path, me
                 dynamic_shapes=({0: 'batch'},) if dynamic else None)
     except Exception as e:  # anything: torch.export runs the model's code
         hint = '; try --batch N instead of --dynamic' if dynamic else ''
-        raise UsageError(f'torch cannot export this model to ONNX{hint}: {_first_line(e)}') from e
+        raise UsageError(f'torch cannot export this model to ONNX{hint}: {first_line(e)}') from e
     program.model.metadata_props.update(metadata)
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with the paths of this machine
@@ -198,7 +198,7 @@ def _halve(path: Path, output: Path, images: torch.Tensor) -> Path:
         size = sum(t.nbytes for v in half.graph.initializers.values() if (t := v.const_value) is not None)
         onnx_ir.save(half, output, external_data=_data(output).name if size > MAX_BYTES else None)
     except Exception as e:  # anything: these two packages have no errors of their own
-        raise UsageError(f'--fp16: the file cannot be converted: {_first_line(e)}') from e
+        raise UsageError(f'--fp16: the file cannot be converted: {first_line(e)}') from e
     return output
 
 
@@ -211,7 +211,7 @@ def _run(path: Path, images: torch.Tensor) -> list[np.ndarray]:
         session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         return session.run(None, {'input': images.numpy()})
     except Exception as e:  # its errors share no class but this
-        raise UsageError(f'ONNX Runtime cannot run the exported file: {_first_line(e)}; nothing was written') from e
+        raise UsageError(f'ONNX Runtime cannot run the exported file: {first_line(e)}; nothing was written') from e
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -223,10 +223,6 @@ def _relative(found: np.ndarray, expected: np.ndarray) -> float:
 def _data(path: Path) -> Path:
     """Where the weights of a file lie that are too large for it."""
     return path.with_name(path.name + '.data')
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -10,8 +10,8 @@ from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
 from .config import FORMAT, SUFFIX, fingerprint, save
-from .data import UsageError
-from .latency.measure import describe_device, latencies
+from .data import UsageError, first_line
+from .latency.measure import describe_device, latencies, usual_batch
 from .start import provenance_of
 
 __all__ = ['publish']
@@ -64,7 +64,7 @@ def publish(model: nn.Module, args: Namespace, config: Mapping[str, Any], result
             push_to_hf_hub(model, args.push_to_hub, safe_serialization=True, data_config=dict(config), model_card={
                 'description': _what(model)}, **further)
         except Exception as e:  # of the network, of rights
-            raise UsageError(f"--push-to-hub '{args.push_to_hub}': {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
+            raise UsageError(f"--push-to-hub '{args.push_to_hub}': {first_line(e)}") from e
         print(f"pushed: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)", flush=True)
     if args.latency_backend:
         _time(model.float(), args, config)  # last: what fails here costs nothing
@@ -96,7 +96,7 @@ def _time(model: nn.Module, args: Namespace, config: Mapping[str, Any]) -> None:
     if name.endswith(SUFFIX):
         networks[name.removesuffix(SUFFIX)] = timm.create_model(
             name.removesuffix(SUFFIX), num_classes=model.num_classes, in_chans=model.in_chans)
-    batch = 16 if 'cuda' in args.device else 1
+    batch = usual_batch(args.device)
     found = latencies(networks, config['input_size'], batch, args.device)
     print(f"\nlatency ({args.latency_backend}, batch {batch}, {describe_device(args.device)['device']}):")
     for network, ms in found.items():

@@ -31,10 +31,10 @@ from .arguments import RANGES, Parser, add_arguments, check_arguments, check_out
 from .config import SUFFIX, fingerprint, load_spec, save
 from .cost import Budget
 from .data import DEFAULTS, UsageError, mixes
-from .engine import Training, is_primary, of_primary, start_processes, top1, wait_for_all
+from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS
 from .holdout import Holdout, Journal
-from .latency.measure import describe_device, latencies
+from .latency.measure import describe_device, latencies, usual_batch
 from .losses import resolve_loss
 from .models import supported
 from .policies.base import Choice
@@ -183,7 +183,7 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
 
     about = policy.evaluations
     if about and not sys.stderr.isatty():
-        _say(args, f'{name}: choosing by about {about} scores')
+        say(args, f'{name}: choosing by about {about} scores')
     # where there is no terminal, a line a minute instead of a bar
     slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': '{desc}: {n_fmt} scores, {elapsed}\n'}
     with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
@@ -240,7 +240,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     if is_primary(args):
         _prepare_output(args, output)
     wait_for_all(args)
-    _say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
+    say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
                f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
     try:
         return _run(args, problems, learning, found, options, name)
@@ -271,8 +271,10 @@ def _run(
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
         for e in entries:
+            if e.name != 'found':
+                continue
             network = problem.model(e.choice, args.seed)
-            if e.name == 'found' and not _is_saved(_folder(args, e), network):
+            if not _is_saved(_folder(args, e), network):
                 save(network, _folder(args, e), provenance[e.budget.text], args.pretrained, problem.config)
     if args.epochs:
         _train_all(problem, entries, rows, provenance)
@@ -341,13 +343,8 @@ def _times(problem: Problem, entries: Sequence[_Entry]) -> list[float]:
     names = [json.dumps([{n: w for n, w in e.choice.widths.items() if w != problem.space[n].size}, e.choice.skips], sort_keys=True)
              for e in entries]
     networks = {name: problem.model(e.choice, args.seed) for name, e in zip(names, entries)}  # what is the same, once
-    times = latencies(networks, problem.space.input_size, _latency_batch(args), args.device)
+    times = latencies(networks, problem.space.input_size, usual_batch(args.device), args.device)
     return [round(times[name], 4) for name in names]
-
-
-def _latency_batch(args: Namespace) -> int:
-    """Images per timed call: those of AOWS (appendix C)."""
-    return 16 if 'cuda' in args.device else 1
 
 
 def _train_all(
@@ -366,7 +363,7 @@ def _train_all(
 
     def train(entry: _Entry, seed: int) -> float:
         title = f"{entry.name}{f' ({entry.budget.text})' if entry.budget else ''}, seed {seed}"
-        _say(args, f'training {title}, for {args.epochs} epochs')
+        say(args, f'training {title}, for {args.epochs} epochs')
         checkpoint = state / f"{title.replace(' ', '-')}-{args.epochs}.pth.tar"
         warmup = min(args.warmup_epochs, args.epochs / 5)
         result = Training(problem.model(entry.choice, seed), training, args, args.epochs, title, warmup, seed=seed).run(
@@ -415,17 +412,12 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
-        **describe_device(args.device), 'batch': _latency_batch(args), 'ms': row['latency_ms']}}
+        **describe_device(args.device), 'batch': usual_batch(args.device), 'ms': row['latency_ms']}}
     return {
         'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},
         'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs}
-
-
-def _say(args: Namespace, text: str) -> None:
-    if is_primary(args):
-        print(text, flush=True)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -434,7 +426,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     rows = search(args, found)
     if not is_primary(args):
         return
-    print_table(rows, f'{args.device}, batch {_latency_batch(args)}; medians, which other load on the machine disturbs')
+    print_table(rows, f'{args.device}, batch {usual_batch(args.device)}; medians, which other load on the machine disturbs')
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''
     print()
     for budget in args.budget:

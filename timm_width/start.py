@@ -11,7 +11,7 @@ from timm.models import clean_state_dict, load_state_dict
 from torch import nn
 
 from .config import SUFFIX, ConfigError, Spec, load_spec
-from .data import UsageError
+from .data import UsageError, first_line
 from .engine import create, model_arguments
 from .models import register
 from .recover import widths_from
@@ -157,7 +157,7 @@ def _weights(path: Path, flag: str) -> dict[str, torch.Tensor]:
     try:
         return clean_state_dict(load_state_dict(str(path), use_ema=True))
     except Exception as e:  # unpickling fails in many ways
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        reason = first_line(e)
         raise UsageError(f"{flag} '{path}' cannot be read: {reason}") from None
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from . import commandline
 from .checkpoints import Checkpoints, checkpoint_path, make_folder, resume, resume_average
 from .data import UsageError, default_classes
-from .engine import is_primary, learning_rate, make_optimizer, start_processes
+from .engine import is_primary, learning_rate, make_optimizer, say, start_processes
 from .output import publish
 from .start import build_model, load_start
 from .task_training import TaskTraining
@@ -93,7 +93,7 @@ def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
     start = args.start_epoch if args.start_epoch is not None else epoch or 0
     if is_primary(args):
         training.folder = make_folder(args, text, config['input_size'][-1], start)
-        _say(args, f'{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
+        say(args, f'{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
                    f'{len(batches)} batches of {args.batch_size} an epoch; {training.folder}')
     checkpoints = Checkpoints(task, training.optimizer, training.scaler, args, training.folder,
                               decreasing=validation is None or args.eval_metric == 'loss')
@@ -107,7 +107,7 @@ def train(args: Namespace, text: str = '') -> list[dict[str, Any]]:
     wandb = _start_wandb(args)
     results, best, best_epoch = training.train(validation, checkpoints, start, random_states, wandb)
     if best is not None:
-        _say(args, f'best {args.eval_metric if validation is not None else "loss"}: {best:.4f} (epoch {best_epoch})')
+        say(args, f'best {args.eval_metric if validation is not None else "loss"}: {best:.4f} (epoch {best_epoch})')
     if is_primary(args):
         publish(unwrap_model(task.get_eval_model(ema=task.has_ema())), args, config, results)
     return results
@@ -168,11 +168,6 @@ def _start_wandb(args: Namespace) -> bool:
     wandb.init(project=args.wandb_project, name=args.experiment or None, config=vars(commandline.said(args)), tags=args.wandb_tags,
                resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
     return True
-
-
-def _say(args: Namespace, text: str) -> None:
-    if is_primary(args):
-        print(text, flush=True)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -19,7 +19,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .data import DEFAULTS, SYNONYMS, UsageError, View, find_splits, mixes
+from .data import DEFAULTS, SYNONYMS, UsageError, View, find_splits, first_line, mixes
 
 __all__ = ['open_datasets', 'make_loaders']
 
@@ -82,10 +82,10 @@ def _open(args: Namespace, mode: str, split: str, training: bool = False, class_
             num_samples=args.train_num_samples if training else args.val_num_samples, **further)
     except FAILURES as e:
         what = f'--dataset {args.dataset}' if args.dataset else f"--data-dir '{args.data_dir}'"
-        reason = (str(e).strip().splitlines() or [''])[0]
+        reason = first_line(e)
         if args.data_dir and not Path(args.data_dir).exists():
             reason = f"there is no folder '{args.data_dir}'"
-        raise UsageError(f"{what}, split '{split}', cannot be opened: {reason or type(e).__name__}") from e
+        raise UsageError(f"{what}, split '{split}', cannot be opened: {reason}") from e
 
 
 def _check_classes(args: Namespace, images: Dataset) -> None:
@@ -175,7 +175,7 @@ def make_loaders(
             **common, **augmented, **_schedule(args, config))
         held = validation and create_loader(validation, config['input_size'], **reading, **plain)
     except FAILURES as e:
-        raise UsageError(f"the images cannot be loaded so: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
+        raise UsageError(f"the images cannot be loaded so: {first_line(e)}") from e
     if not isinstance(train, IterableDataset) and not len(training):
         raise UsageError(f'{len(train)} training images are less than a batch of {args.batch_size}'
                          + f' in each of {args.world_size} processes' * args.distributed + ': give a smaller --batch-size')

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ['describe_device', 'latencies']
+__all__ = ['describe_device', 'latencies', 'usual_batch']
 
 ROUNDS = 15
 
@@ -52,6 +52,11 @@ def _seconds(network: nn.Module, images: torch.Tensor, count: int) -> float:
         network(images)
     wait()
     return time.perf_counter() - start
+
+
+def usual_batch(device: str) -> int:
+    """Images per timed call: those of AOWS (appendix C)."""
+    return 16 if 'cuda' in device else 1
 
 
 def describe_device(device: str) -> dict[str, Any]:
