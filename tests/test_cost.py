@@ -1,4 +1,4 @@
-"""timm_width.cost: law 3 on timm models, and exactness of evaluation, gradients, expectations, pairs and budgets."""
+"""timm_width.cost: law 3 on timm models, and exactness of evaluation, gradients, expectations and factors."""
 import copy
 import itertools
 import random
@@ -12,7 +12,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_width.cost import Budget, BudgetError, Macs, Params
+from timm_width.cost import CostError, Macs, Params
 from timm_width.resize import resize
 from timm_width.space import Block, Group, Site, TensorAxes, WidthError, WidthSpace
 from timm_width.trace import meta_copy, trace
@@ -292,44 +292,63 @@ def test_unfit_distributions_are_refused(distributions, message):
         Macs(toy()).expectation(distributions)
 
 
-# -- pairs -------------------------------------------------------------------------------------------------------------------
+# -- factors -----------------------------------------------------------------------------------------------------------------
 
 
-def total(pairs, space, widths):
-    """The sum that pairs stand for."""
-    n = {name: width // space[name].unit for name, width in {**space.base_widths, **widths}.items()}
-    return (pairs.constant + sum(u * n[g] + v * n[g] ** 2 for g, (u, v) in pairs.unary.items())
-            + sum(c * n[a] * n[b] for (a, b), c in pairs.pairwise.items()))
+def some_grid(space, names=None, count=3):
+    """A few widths for each group: below, at and above the base."""
+    return {n: tuple(g.unit * k for k in sorted({max(g.steps // 2, 1), g.steps, g.steps + 1})[:count])
+            for n, g in space.searchable.items() if names is None or n in names}
 
 
 @pytest.mark.parametrize('skips', TOY_SKIPS, ids=str)
-def test_pairs_sum_to_the_cost(skips):
+@pytest.mark.parametrize('names', [None, ['a'], ['b', 'c'], []], ids=str)
+def test_factors_sum_to_the_cost(skips, names):
+    """At every point of the grid, exactly; groups outside the grid are at their base."""
     space = toy()
+    grid = some_grid(space, names)
     for cost in (Macs(space), Params(space)):
-        pairs = cost.pairs(skips)
-        assert all(total(pairs, space, w) == cost(w, skips) for w in TOY_WIDTHS)
-        assert all(a < b for a, b in pairs.pairwise)  # the order of the space, here alphabetical
+        factors = cost.factors(grid, skips)
+        for point in itertools.product(*grid.values()):
+            widths = dict(zip(grid, point))
+            found = factors(widths)
+            assert found == cost(widths, skips) and isinstance(found, int)
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_pairs_sum_to_the_cost_of_real_models(name):
+def test_factors_sum_to_the_cost_of_real_models(name):
     _, space = traced(name, MODELS[name])
     skips = [b.name for b in space.blocks][:2]
+    grid, rng = some_grid(space), random.Random(0)
     for cost in (Macs(space), Params(space)):
-        widths, pairs = random_widths(space, 0), cost.pairs(skips)
-        assert total(pairs, space, widths) == cost(widths, skips)
-        order = list(space.searchable)
-        assert all(order.index(a) < order.index(b) for a, b in pairs.pairwise)
+        factors = cost.factors(grid, skips)
+        for _ in range(3):
+            widths = {n: rng.choice(levels) for n, levels in grid.items()}
+            assert factors(widths) == cost(widths, skips)
 
 
-def test_pairs_refuse_terms_that_are_not_pairs():
-    three = Macs(toy([Site('attn', 'matmul', 1, (((A, 1),), ((B, 1),), ((C, 1),)), (4,))]))
-    with pytest.raises(ValueError, match=r"toy: MACs of 'attn' have a term over 3 groups \(a x b x c\)"):
-        three.pairs()
-    cubic = Macs(toy([Site('b.1.attn', 'matmul', 1, (((A, 1),), ((A, 1),), ((B, 1),)), (4,))]))
-    with pytest.raises(ValueError, match=r'of degree 3 \(a x a x b\)'):
-        cubic.pairs()
-    assert total(cubic.pairs(['b.1']), toy(), {}) == cubic({}, ['b.1'])
+def test_factors_refuse_terms_over_three_groups_of_the_grid():
+    space = toy([Site('attn', 'matmul', 1, (((A, 1),), ((B, 1),), ((C, 1),)), (4,))])
+    with pytest.raises(CostError, match=r"toy: MACs of 'attn' have a term over 3 groups \(a x b x c\).*keep the width of one"):
+        Macs(space).factors(some_grid(space))
+    grid = some_grid(space, ['a', 'b'])
+    assert Macs(space).factors(grid)({'a': 4, 'b': 1}) == Macs(space)({'a': 4, 'b': 1})
+
+
+def test_factors_hold_powers_of_a_group():
+    space = toy([Site('b.1.attn', 'matmul', 1, (((A, 1),), ((A, 1),), ((B, 1),)), (4,))])
+    grid = some_grid(space)
+    for point in itertools.product(*grid.values()):
+        widths = dict(zip(grid, point))
+        assert Macs(space).factors(grid)(widths) == Macs(space)(widths)
+
+
+def test_factors_refuse_widths_outside_their_grid():
+    factors = Macs(toy()).factors({'a': (4, 8)})
+    with pytest.raises(ValueError, match=r"'a': 6 is not on the grid \(4, 8\)"):
+        factors({'a': 6})
+    with pytest.raises(ValueError, match="'a': nothing"):
+        factors({})
 
 
 # -- deployed form -------------------------------------------------------------------------------------------------------------
@@ -345,98 +364,3 @@ def test_deployed_macs_count_the_deployed_sites():
 def test_a_model_without_a_deployed_form_says_so():
     with pytest.raises(ValueError, match='toy has no deployed form'):
         Macs(toy(), deployed=True)
-
-
-# -- budgets -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('text, limit', [
-    ('macs=150M', 150_000_000),
-    ('macs=150m', 150_000_000),
-    ('MACs = 1.2G', 1_200_000_000),
-    ('macs=1.2g', 1_200_000_000),
-    ('macs=300000000', 300_000_000),
-    ('macs=300000000.9', 300_000_000),
-    ('macs=3e8', 300_000_000),
-    ('macs=1.5K', 1_500),
-    ('macs=.5k', 500),
-    (' macs=29.4M ', 29_400_000),
-    ('macs=0.5x', toy_macs(8, 3, 2) // 2),
-    ('macs=1X', toy_macs(8, 3, 2)),
-    ('macs=1.5x', toy_macs(8, 3, 2) * 3 // 2),
-])
-def test_budgets_of_macs_parse(text, limit):
-    budget = Budget.parse(text, toy())
-    assert isinstance(budget.cost, Macs) and budget.limit == limit and budget.text == text.strip()
-    assert type(budget.limit) is int
-
-
-@pytest.mark.parametrize('text, limit', [('params=2M', 2_000_000), ('Params=0.5x', (8 * 5 * 9 + 2 * 8 + 6) // 2)])
-def test_budgets_of_params_parse(text, limit):
-    budget = Budget.parse(text, toy())
-    assert isinstance(budget.cost, Params) and budget.limit == limit
-    assert str(budget) == f'{text} (at most {limit:,} params)'
-
-
-@pytest.mark.parametrize('text, message', [
-    ('150M', 'is not a budget'),
-    ('', 'is not a budget'),
-    ('=150M', 'is not a budget'),
-    (150, 'is not a budget'),
-    ('macs=', "cannot read '' as a limit"),
-    ('macs=abc', "cannot read 'abc' as a limit"),
-    ('macs=150T', "cannot read '150t' as a limit"),
-    ('macs=150MB', "cannot read '150mb' as a limit"),
-    ('macs=150Mx', "cannot read '150mx' as a limit"),
-    ('macs=1=2', "cannot read '1=2' as a limit"),
-    ('macs=1,2M', "cannot read '1,2m' as a limit"),
-    ('macs=1e999999999', 'cannot read'),
-    ('macs=' + '9' * 5000, 'cannot read'),
-    ('mac=150M', "unknown cost 'mac', did you mean 'macs'"),
-    ('parms=2M', "unknown cost 'parms', did you mean 'params'"),
-    ('flops=2M', r"unknown cost 'flops'; known are macs \(one multiply-add is 1\) and params"),
-    ('macs=0', 'must be positive and finite'),
-    ('macs=0x', 'must be positive and finite'),
-    ('macs=-5M', 'must be positive and finite'),
-    ('macs=nan', 'must be positive and finite'),
-    ('macs=NaNx', 'must be positive and finite'),
-    ('macs=inf', 'must be positive and finite'),
-    ('macs=-InfinityM', 'must be positive and finite'),
-    ('macs=0.5', 'less than one'),
-    ('macs=1e-9x', 'less than one'),
-    ('latency=0.5ms', 'latency budgets need a latency model and are not available yet'),
-])
-def test_malformed_budgets_are_refused_with_the_forms(text, message):
-    with pytest.raises(BudgetError, match=message) as error:
-        Budget.parse(text, toy())
-    assert all(form in str(error.value) for form in ('macs=150M', 'macs=1.2G', 'macs=300000000', 'params=2M', 'macs=0.5x'))
-
-
-def test_a_budget_is_met_up_to_and_including_its_limit():
-    space = toy()
-    limit = toy_macs(4, 3, 2)
-    assert Budget.parse(f'macs={limit}', space).met({'a': 4})
-    assert not Budget.parse(f'macs={limit - 1}', space).met({'a': 4})
-    assert Budget.parse(f'macs={limit - 1}', space).met({'a': 4}, ['b.1'])
-    assert not Budget.parse(f'macs={limit}', space).met({'a': torch.tensor(4.1)})
-    assert Budget.parse('macs=1x', space).met()
-
-
-def test_feasible_budgets_lie_between_the_smallest_and_the_largest_network():
-    space = toy()
-    low, high = toy_macs(2, 1, 1), toy_macs(8, 3, 2)
-    for limit in (low, high, (low + high) // 2):
-        Budget.parse(f'macs={limit}', space).check_feasible()
-    with pytest.raises(BudgetError, match=f"budget 'macs={low - 1}' is {low - 1:,} MACs, below the smallest network's {low:,}"
-                                          f'.*between {low:,} and {high:,}'):
-        Budget.parse(f'macs={low - 1}', space).check_feasible()
-    with pytest.raises(BudgetError, match=f"{high + 1:,} MACs, above the largest network's {high:,}"):
-        Budget.parse(f'macs={high + 1}', space).check_feasible()
-
-
-def test_feasibility_can_be_asked_for_other_extremes():
-    space = toy()
-    budget = Budget.parse(f'macs={toy_macs(12, 3, 2)}', space)
-    budget.check_feasible(largest_widths={'a': 12})
-    with pytest.raises(BudgetError, match='below the smallest'):
-        budget.check_feasible(smallest_widths={'a': 14}, largest_widths={'a': 16})

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import timm_width
 from timm_width import data, search
 from timm_width.arguments import Parser, add_arguments
-from timm_width.cost import Budget
+from timm_width.budget import Budget
 from timm_width.engine import Training, batch_statistics, score, start_processes
 from timm_width.policies.autoslim import AutoSlim
 

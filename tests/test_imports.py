@@ -14,7 +14,9 @@ FOLDERS = ('latency', 'models', 'policies')
 # each may import those in lines above it; what is not listed may import anything (without making a cycle)
 ORDER = [
     {'space', 'rules'},
+    {'factors'},
     {'config', 'cost', 'supernet'},
+    {'budget', 'tables'},
     {'resize'},
     {'bindings'},
     {'ledger'},

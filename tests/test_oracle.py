@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from timm_width.cost import Budget, Macs, Params
+from timm_width.budget import Budget
+from timm_width.cost import Macs, Params
 from timm_width.policies import load
 from timm_width.policies.base import Score
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import timm_width
 from timm_width import cli, data, engine, holdout, policies, problem, search
-from timm_width.cost import Budget, Macs, Params
+from timm_width.budget import Budget
+from timm_width.cost import Macs, Params
 from timm_width.grids import make_grid
 from timm_width.policies.base import Choice, Policy, Score, uniform_widths
 

@@ -1,6 +1,7 @@
 """timm_width: finds the widths of timm's conv nets. Importing it registers the `<base>_width` models with timm."""
+from .budget import Budget, BudgetError
 from .config import ConfigError, Spec, load_spec, save
-from .cost import Budget, BudgetError, Cost, Macs, Params
+from .cost import Cost, Macs, Params
 from .models import is_supported, register, supported
 from .recover import widths_from
 from .resize import resize

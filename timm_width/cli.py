@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Optional
 
 from . import __version__
-from .cost import BudgetError
+from .budget import BudgetError
 from .data import UsageError
 from .policies import PolicyError
 from .space import WidthError, nearest

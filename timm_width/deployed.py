@@ -60,7 +60,7 @@ def deployed_sites(meta: nn.Module, size: tuple[int, ...], ledger: Ledger, compo
     for ids, _ in other.frozen:
         frozen[root[ids]] = True
     out = []
-    for owner, kind, positions, factors, where, _, _ in other.sites:
+    for owner, kind, positions, factors, where, _, _, before in other.sites:
         free = []
         for e in factors:
             base = to_base[root[e]]
@@ -71,5 +71,5 @@ def deployed_sites(meta: nn.Module, size: tuple[int, ...], ledger: Ledger, compo
             else:
                 _logger.warning('%s: the channels of %s cannot be followed into the deployed form', type(meta).__name__, owner)
                 return None
-        out.append((owner, kind, positions, free, where, None, None))
+        out.append((owner, kind, positions, free, where, None, None, before))
     return out

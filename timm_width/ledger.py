@@ -94,12 +94,13 @@ class Ledger:
     def order(self, ids: np.ndarray) -> None:
         self.ordered.append(ids)
 
-    def site(self, kind, positions, factors, size, inputs, outputs, weight) -> None:
+    def site(self, kind, positions, factors, size, inputs, outputs, weight, input_size=None) -> None:
         name = self.names.get(id(weight), '') if weight is not None else ''
         owner = name.rsplit('.', 1)[0] if name else self.stack[-1]
         if owner and outputs is not None and is_ids(outputs) and kind != 'matmul':
             self.producers.append((owner, outputs))
-        self.sites.append((owner, kind, positions, factors, tuple(size), inputs, outputs))
+        before = size if input_size is None else input_size
+        self.sites.append((owner, kind, positions, factors, tuple(size), inputs, outputs, tuple(before)))
 
     def _owner(self, weight) -> str:
         """Module that holds a weight, or that is running (a weight may be standardised on the way)."""

@@ -9,7 +9,8 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .cost import Budget, Macs, Params
+from .budget import Budget
+from .cost import Macs, Params
 from .data import UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
 from .grids import make_grid, squeezes

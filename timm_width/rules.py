@@ -187,8 +187,8 @@ def conv(t, out, x, weight, bias, stride, groups: int, transposed: bool):
     fixed *= math.prod(weight.shape[2:])
     expanded = not transposed and not is_ids(lw[0])  # one filter for all channels
     fixed2, free2 = _factors([label if expanded else lw[0], lw[1]], weight.shape[:2])
-    size = [s for e, s in zip(place, out.shape[2:]) if not is_ids(e)]
-    t.site('conv', fixed * fixed2, free + free2, size, lx[1], label, weight)
+    size, before = ([s for e, s in zip(place, y.shape[2:]) if not is_ids(e)] for y in (out, x))
+    t.site('conv', fixed * fixed2, free + free2, size, lx[1], label, weight, before)
     return [lx[0], label, *place]
 
 

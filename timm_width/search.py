@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from . import policies
 from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, flags_given, write_args
+from .budget import Budget
 from .config import SUFFIX, fingerprint, load_spec, save
-from .cost import Budget
 from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS

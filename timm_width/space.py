@@ -76,6 +76,7 @@ class Site:
         output_size: Spatial size (or sequence length) of the output.
         inputs: Axis of the input channels (None where they are not searchable ids).
         outputs: Axis of the output channels.
+        input_size: Spatial size (or sequence length) of the input.
     """
     name: str
     kind: str
@@ -84,6 +85,7 @@ class Site:
     output_size: tuple[int, ...]
     inputs: Optional[Axis] = None
     outputs: Optional[Axis] = None
+    input_size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

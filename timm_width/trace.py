@@ -260,7 +260,7 @@ class _Solver:
 
         def sites(found):
             out = []
-            for owner, kind, positions, factors, size, inputs, outputs in found:
+            for owner, kind, positions, factors, size, inputs, outputs, before in found:
                 free = []
                 for e in factors:
                     a = axis(e)
@@ -268,7 +268,7 @@ class _Solver:
                         positions *= len(e)
                     else:
                         free.append(a)
-                out.append(Site(owner, kind, positions, tuple(free), size, axis(inputs), axis(outputs)))
+                out.append(Site(owner, kind, positions, tuple(free), size, axis(inputs), axis(outputs), before))
             return tuple(out)
 
         blocks = tuple(Block(n) for n in led.blocks)

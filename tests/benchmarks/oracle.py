@@ -35,7 +35,7 @@ from timm.models.efficientnet import EfficientNet
 from tqdm import tqdm
 
 from timm_width import search
-from timm_width.cost import Budget
+from timm_width.budget import Budget
 from timm_width.engine import Training
 from timm_width.grids import make_grid
 from timm_width.holdout import Holdout, Journal

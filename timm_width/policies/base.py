@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..cost import Budget
+from ..budget import Budget
+from ..factors import Grid
 from ..space import WidthSpace
 from ..supernet import Supernet
 
 __all__ = ['Choice', 'Evaluate', 'Grid', 'Policy', 'PolicyError', 'Score', 'Step', 'fill_budget', 'option',
            'random_widths', 'uniform_widths']
 
-Grid = Mapping[str, Sequence[int]]  # group -> the widths that may be chosen, ascending
 BISECTIONS = 40  # halvings of the factor: far below the distance of any two grid points
 
 

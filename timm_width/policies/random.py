@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cost import Budget
+from ..budget import Budget
 from .base import Choice, Evaluate, Policy, PolicyError, fill_budget, option
 
 __all__ = ['Random']

@@ -1,0 +1,122 @@
+"""A cost that was measured: tables over a grid of widths, interpolated between its points."""
+from collections.abc import Mapping, Sequence
+from typing import Union
+
+import numpy as np
+import torch
+
+from .cost import Cost, Distribution, Width, check_distributions, check_names
+from .factors import Factors, Grid
+from .space import WidthError, WidthSpace
+
+__all__ = ['Tables']
+
+
+class Tables(Cost):
+    """A cost given by tables over the widths of a grid; between two widths it is linear in each group.
+
+    Groups that the tables do not have keep their base width.
+
+    Attributes:
+        space: The width space whose groups are the variables.
+        unit: What is counted, for messages.
+        tables: The tables.
+    """
+
+    def __init__(self, space: WidthSpace, unit: str, tables: Factors):
+        self.space, self.unit, self.tables = space, unit, tables
+        self._levels = {name: torch.tensor(widths, dtype=torch.float64) for name, widths in tables.grid.items()}
+        self._unary = {name: torch.as_tensor(np.asarray(t, dtype=np.float64)) for name, t in tables.unary.items()}
+        self._pairwise = {pair: torch.as_tensor(np.asarray(t, dtype=np.float64)) for pair, t in tables.pairwise.items()}
+
+    def __call__(self, widths: Mapping[str, Width] = {}, skips: Sequence[str] = ()) -> Union[float, torch.Tensor]:
+        """The sum of the tables' entries at widths (see `Cost`).
+
+        Raises:
+            WidthError: Widths do not fit the space or lie outside of what was measured, or blocks are to be left out.
+        """
+        given = [w for w in widths.values() if isinstance(w, torch.Tensor)] if isinstance(widths, Mapping) else []
+        if given:
+            check_names(self.space, widths, skips)
+            self._check_range({name: w.item() if isinstance(w, torch.Tensor) else w for name, w in widths.items()})
+        else:
+            self._check(widths, skips)
+        full = {name: self.space[name].size for name in self.tables.grid} | dict(widths)
+        total = self._sum({name: self._weights(name, full[name]) for name in self.tables.grid})
+        return total if given else total.item()
+
+    def expectation(
+            self, distributions: Mapping[str, Distribution], skips: Sequence[str] = ()) -> Union[float, torch.Tensor]:
+        check_distributions(self.space, distributions, skips)
+        weights = {name: self._weights(name, self.space[name].size) for name in self.tables.grid}
+        for name, (widths, p) in distributions.items():
+            for w in widths:
+                self._check({name: w}, skips)
+            if name in weights:
+                at = torch.stack([self._weights(name, w) for w in widths])
+                weights[name] = torch.as_tensor(p, dtype=torch.float64, device='cpu') @ at
+        total = self._sum(weights)
+        return total if any(isinstance(p, torch.Tensor) for _, p in distributions.values()) else total.item()
+
+    def factors(self, grid: Grid, skips: Sequence[str] = ()) -> Factors:
+        self._check({}, skips)
+        for name, widths in grid.items():
+            for w in widths:
+                self._check({name: w}, ())
+        order = {name: i for i, name in enumerate(grid)}
+        at = {name: torch.stack([self._weights(name, w) for w in grid.get(name, [self.space[name].size])]).numpy()
+              for name in self.tables.grid}  # (widths of the grid, widths of the tables)
+        constant, unary, pairwise = float(self.tables.constant), {}, {}
+
+        def add(names: tuple[str, ...], table: np.ndarray) -> None:
+            """Adds a table, of which groups outside the grid have length 1."""
+            nonlocal constant
+            free = tuple(sorted((n for n in names if n in order), key=order.get))
+            table = table.reshape([len(grid[n]) for n in names if n in order])
+            if not free:
+                constant += float(table)
+            elif len(free) == 1:
+                unary[free[0]] = unary.get(free[0], 0) + table
+            else:
+                pairwise[free] = pairwise.get(free, 0) + (table if free == names else table.T)
+
+        for name, table in self.tables.unary.items():
+            add((name,), at[name] @ np.asarray(table, dtype=np.float64))
+        for (a, b), table in self.tables.pairwise.items():
+            add((a, b), at[a] @ np.asarray(table, dtype=np.float64) @ at[b].T)
+        return Factors(grid, constant, unary, pairwise)
+
+    def show(self, value: Union[int, float]) -> str:
+        return f'{value:.4g} {self.unit}'
+
+    def _check(self, widths: Mapping[str, int], skips: Sequence[str]) -> None:
+        self.space.check(widths, skips)
+        if skips:
+            raise WidthError(f'{self.space.architecture}: {self.unit} were measured of whole networks: no block can be left out')
+        self._check_range(widths)
+
+    def _check_range(self, widths: Mapping[str, float]) -> None:
+        for name, width in widths.items():
+            levels = self.tables.grid.get(name, (self.space[name].size,))
+            if not levels[0] <= width <= levels[-1]:
+                where = f'outside {levels[0]}..{levels[-1]}' if name in self.tables.grid else f'not its base width {levels[0]}'
+                raise WidthError(f"{self.space.architecture}: '{name}': width {width:g} is {where}, where nothing was measured")
+
+    def _weights(self, name: str, width: Width) -> torch.Tensor:
+        """Shares of the two levels around a width: (levels,), summing to 1."""
+        levels = self._levels[name]
+        out = torch.zeros(len(levels), dtype=torch.float64)
+        high = min(max(int(torch.searchsorted(levels, width.item() if isinstance(width, torch.Tensor) else float(width))), 1), len(levels) - 1)
+        if len(levels) == 1:
+            return out + 1
+        w = torch.as_tensor(width, dtype=torch.float64, device='cpu')
+        share = (w - levels[high - 1]) / (levels[high] - levels[high - 1])
+        return out.index_add(0, torch.tensor([high - 1, high]), torch.stack([1 - share, share]))
+
+    def _sum(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        total = torch.tensor(float(self.tables.constant), dtype=torch.float64)
+        for name, table in self._unary.items():
+            total = total + weights[name] @ table
+        for (a, b), table in self._pairwise.items():
+            total = total + weights[a] @ table @ weights[b]
+        return total
