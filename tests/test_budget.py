@@ -55,7 +55,7 @@ def test_budgets_of_params_parse(text, limit):
     ('macs=' + '9' * 5000, 'cannot read'),
     ('mac=150M', "unknown cost 'mac', did you mean 'macs'"),
     ('parms=2M', "unknown cost 'parms', did you mean 'params'"),
-    ('flops=2M', r"unknown cost 'flops'; known are macs \(one multiply-add is 1\) and params"),
+    ('flops=2M', r"unknown cost 'flops'; known are macs \(one multiply-add is 1\), params and latency"),
     ('macs=0', 'must be positive and finite'),
     ('macs=0x', 'must be positive and finite'),
     ('macs=-5M', 'must be positive and finite'),

@@ -106,10 +106,10 @@ class Tables(Cost):
         """Shares of the two levels around a width: (levels,), summing to 1."""
         levels = self._levels[name]
         out = torch.zeros(len(levels), dtype=torch.float64)
-        high = min(max(int(torch.searchsorted(levels, width.item() if isinstance(width, torch.Tensor) else float(width))), 1), len(levels) - 1)
         if len(levels) == 1:
             return out + 1
         w = torch.as_tensor(width, dtype=torch.float64, device='cpu')
+        high = min(max(int(torch.searchsorted(levels, w.detach())), 1), len(levels) - 1)
         share = (w - levels[high - 1]) / (levels[high] - levels[high - 1])
         return out.index_add(0, torch.tensor([high - 1, high]), torch.stack([1 - share, share]))
 
