@@ -175,7 +175,8 @@ class LatencyModel:
         t = self.tables
         return {
             'timm_width_latency_model': FORMAT, 'unit': UNIT, 'architecture': self.architecture,
-            'input_size': list(self.input_size), 'space': self.space, 'batch': self.batch, 'precision': self.precision, 'backend': dict(self.backend),
+            'input_size': list(self.input_size), 'space': self.space, 'batch': self.batch, 'precision': self.precision,
+            'backend': dict(self.backend),
             'validation': dataclasses.asdict(self.validation), 'about': dict(self.about),
             'grid': {name: list(widths) for name, widths in t.grid.items()}, 'constant': t.constant,
             'unary': {name: _rounded(table) for name, table in t.unary.items()},
