@@ -78,7 +78,7 @@ def model(space):
     shape = {n: len(w) for n, w in grid.items()}
     tables = Factors(grid, .1, {n: rng.random(shape[n]) for n in names[:2]},
                      {(a, b): rng.random((shape[a], shape[b])) for a, b in zip(names, names[1:])})
-    return LatencyModel('test_resnet', (3, 32, 32), space_fingerprint(space), 4, 'fp32', {'name': 'onnxruntime', 'device': 'a CPU'},
+    return LatencyModel('test_resnet', (3, 32, 32), space_fingerprint(space), 4, 'fp32', {'backend': 'onnxruntime', 'device': 'a CPU'},
                         tables, Validation(20, .02, .1, .99), {'samples': 100})
 
 

@@ -225,7 +225,7 @@ class LatencyModel:
                    tables, Validation(**found['validation']), dict(found['about']))
 
     def __str__(self) -> str:
-        where = ', '.join(str(self.backend[k]) for k in ('name', 'device') if self.backend.get(k))
+        where = ', '.join(str(self.backend[k]) for k in ('backend', 'device') if self.backend.get(k))
         return (f"{self.architecture} at {'x'.join(map(str, self.input_size))}, batch {self.batch}, {self.precision} ({where}): "
                 f'{self.validation}')
 

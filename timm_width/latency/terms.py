@@ -20,7 +20,7 @@ from ..cost import CostError
 from ..factors import Factors, Grid
 from ..space import Axis, Site, WidthSpace
 
-__all__ = ['Term', 'Unknowns', 'find_terms']
+__all__ = ['Term', 'Unknowns', 'find_terms', 'make_term', 'scope_of']
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def find_terms(space: WidthSpace, grid: Grid) -> list[Term]:
     waiting: dict[str, list[Site]] = {}  # group -> sites over it alone that the next pair takes
     made: set[str] = set()
     for site in space.sites:
-        scope = _scope(space, grid, site)
+        scope = scope_of(space, grid, site)
         if len(scope) > 2:
             raise CostError(f"{space.architecture}: the latency of '{site.name}' depends on {len(scope)} searched groups "
                             f"({', '.join(sorted(scope))}), and a latency model has tables over two each: keep the width of all "
@@ -68,17 +68,18 @@ def find_terms(space: WidthSpace, grid: Grid) -> list[Term]:
         made |= scope
     for group, sites in waiting.items():  # no pair follows: a classifier
         found.setdefault(frozenset([group]), []).extend(sites)
-    return [_term(space, grid, scope, sites) for scope, sites in found.items()]
+    return [make_term(space, grid, scope, sites) for scope, sites in found.items()]
 
 
-def _scope(space: WidthSpace, grid: Grid, site: Site) -> frozenset[str]:
+def scope_of(space: WidthSpace, grid: Grid, site: Site) -> frozenset[str]:
     """The groups of the grid on which a site depends."""
     names = (space.groups[g].name for axis in site.factors if not isinstance(axis, int) for g, _ in axis)
     return frozenset(name for name in names if name in grid)
 
 
-def _term(space: WidthSpace, grid: Grid, scope: frozenset[str], sites: Sequence[Site]) -> Term:
-    first = next((s for s in sites if _scope(space, grid, s) == scope), sites[0])
+def make_term(space: WidthSpace, grid: Grid, scope: frozenset[str], sites: Sequence[Site]) -> Term:
+    """The term of some layers that depend on the groups of a scope."""
+    first = next((s for s in sites if scope_of(space, grid, s) == scope), sites[0])
     read = {space.groups[g].name for g, _ in first.inputs or ()}
     groups = tuple(sorted(scope, key=lambda name: (name not in read, space.index[name])))
     roles = {name: i for i, name in enumerate(groups)}
