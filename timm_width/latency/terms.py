@@ -159,6 +159,28 @@ class Unknowns:
         places = (np.repeat(np.arange(m), n), np.stack(columns, 1).reshape(-1))
         return sparse.csr_matrix((np.ones(m * n), places), shape=(m, self.count))  # entries of one place are added
 
+    def features(self) -> sparse.csr_matrix:
+        """A basis of the unknowns that are bilinear in the widths of each kind of term: (unknowns, features), each at most 1."""
+        columns: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        for term, index in zip(self.terms, self.index):
+            levels = [np.array(self.grid[name], dtype=float) for name in term.groups]
+            for which in np.ndindex(*[2] * len(levels)):
+                value = np.ones(index.shape)
+                for i, level in enumerate(levels):
+                    if which[i]:
+                        value = value * level.reshape([-1 if k == i else 1 for k in range(len(levels))])
+                key = (term.kind, which)
+                before = columns.get(key, (np.zeros(0, dtype=np.int64), np.zeros(0)))
+                columns[key] = (np.append(before[0], index.reshape(-1)), np.append(before[1], value.reshape(-1)))
+        places, data, number = [], [], []
+        for i, (at, value) in enumerate(columns.values()):
+            at, first = np.unique(at, return_index=True)  # alike terms share unknowns
+            places.append(at)
+            data.append(value[first] / value.max())
+            number.append(np.full(len(at), i))
+        at = (np.concatenate(places), np.concatenate(number))
+        return sparse.csr_matrix((np.concatenate(data), at), shape=(self.count, len(columns)))
+
     def factors(self, values: np.ndarray) -> Factors:
         """The terms as tables over the grid, with a value for each unknown."""
         order = {name: i for i, name in enumerate(self.grid)}
