@@ -1,0 +1,152 @@
+"""From the timings of a bundle to a latency model."""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, Optional
+
+import numpy as np
+
+from .. import __version__
+from ..data import UsageError
+from ..engine import create
+from ..space import WidthSpace
+from ..trace import trace
+from .model import PRIOR, SMOOTHNESS, SUFFIX, LatencyModel, fit_unknowns, predict, space_fingerprint, validate
+from .runner.manifest import Manifest
+from .runner.results import Results
+from .terms import Unknowns
+
+__all__ = ['Fit', 'fit_results', 'plot', 'space_of']
+
+STATISTICS = ('median', 'minimum', 'p20')  # of a network's samples
+LEAST = 10  # networks to fit to
+LEAST_VALID = 5
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A latency model, and what it was found from.
+
+    Attributes:
+        model: It.
+        measured: Milliseconds per image of the held-out networks.
+        predicted: What the model says of them.
+        notes: What a user should know of the timings, a line each.
+    """
+    model: LatencyModel
+    measured: np.ndarray
+    predicted: np.ndarray
+    notes: Sequence[str]
+
+
+def space_of(manifest: Manifest) -> WidthSpace:
+    """The width space of the network of a bundle, built anew.
+
+    Raises:
+        UsageError: It cannot be built, or is another one than when the bundle was made.
+    """
+    data = manifest.data
+    model = create(data['model'], data['num_classes'], **data['model_args'])
+    space = trace(model, data['input_size'])
+    if space.fingerprint != data['space']:
+        versions = ', '.join(f'{name} {version}' for name, version in data.get('versions', {}).items())
+        raise UsageError(f"'{manifest.folder}' was made of a {data['architecture']} that is built otherwise now (it was made with "
+                         f'{versions or "other versions"}): export and measure again')
+    return space
+
+
+def fit_results(
+        manifest: Manifest,
+        results: Results,
+        space: WidthSpace,
+        statistic: str = 'median',
+        smoothness: float = SMOOTHNESS,
+        prior: float = PRIOR,
+        networks: Optional[int] = None,
+) -> Fit:
+    """Fits a latency model to the networks measured to train, and validates it on those held out.
+
+    Timings that other load disturbed are left out, where enough are left.
+
+    Args:
+        manifest: The bundle.
+        results: Its timings.
+        space: Its width space.
+        statistic: Which of a network's samples counts: their 'median', 'minimum' or 20th percentile, 'p20'.
+        smoothness: K of `fit_unknowns`.
+        prior: P of `fit_unknowns`.
+        networks: Fit to the first ones only.
+
+    Raises:
+        UsageError: Too few networks were measured.
+    """
+    if statistic not in STATISTICS:
+        raise UsageError(f"--statistic must be one of {', '.join(STATISTICS)}, not '{statistic}'")
+    for flag, value in ('--smoothness', smoothness), ('--prior', prior):
+        if not 0 <= value < float('inf'):
+            raise UsageError(f'{flag} must be at least 0, not {value:g}')
+    train, valid, notes = _split(results.rows, statistic)
+    train = train[:networks]
+    for rows, least, what in (train, LEAST, 'to fit to'), (valid, LEAST_VALID, 'to validate on'):
+        if len(rows) < least:
+            raise UsageError(f'{len(rows)} networks were measured {what}, and at least {least} are needed: measure more')
+    unknowns = Unknowns(space, {name: tuple(widths) for name, widths in manifest.data['grid'].items()})
+    start = perf_counter()
+    widths = [manifest.configurations[row['index']].widths for row in train]
+    tables = unknowns.factors(fit_unknowns(unknowns, widths, [_ms(row, statistic) for row in train], smoothness, prior))
+    seconds = perf_counter() - start
+    if unseen := int((unknowns.rows(widths).sum(0).A1 == 0).sum()):
+        notes.append(f'{unseen} of {unknowns.count} unknowns occur in no network measured so far: they follow from the others')
+    measured = np.array([_ms(row, statistic) for row in valid])
+    predicted = predict(tables, [manifest.configurations[row['index']].widths for row in valid])
+    validation = validate(predicted, measured)
+    about = {'networks': len(train), 'unknowns': unknowns.count, 'statistic': statistic, 'smoothness': smoothness, 'prior': prior,
+             'seconds': round(seconds, 3), 'spread': median(row['spread'] for row in train), 'notes': notes,
+             'loop': results.header['loop'], 'host': results.header['host'], 'versions': {
+                 **manifest.data.get('versions', {}), 'timm_width': __version__}}
+    model = LatencyModel(
+        space.architecture.removesuffix(SUFFIX), tuple(space.input_size), space_fingerprint(space), manifest.batch,
+        results.header['precision'], results.header['backend'], tables, validation, about)
+    return Fit(model, measured, predicted, notes)
+
+
+def _split(rows: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list, list, list[str]]:
+    """Rows to fit to, rows to validate on, and what to say of them."""
+    notes: list[str] = []
+    calm = [row for row in rows if not row['disturbed']]
+    if len(calm) < len(rows):
+        kept = 2 * len(calm) >= len(rows)
+        notes.append(f'{len(rows) - len(calm)} of {len(rows)} timings were disturbed by other load and are '
+                     + ('left out' if kept else 'used all the same, being so many: measure again on a calmer machine'))
+        rows = calm if kept else rows
+    return *([row for row in rows if row['use'] == use] for use in ('train', 'valid')), notes
+
+
+def _ms(row: Mapping[str, Any], statistic: str) -> float:
+    """Milliseconds per image."""
+    if statistic == 'median':
+        return row['ms']
+    return (row['minimum'] if statistic == 'minimum' else row['percentiles']['20']) / row['batch']
+
+
+def plot(fit: Fit, path: Path) -> None:
+    """Draws the held-out networks, measured against predicted.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("a plot needs matplotlib: pip install 'timm-width[plot]'") from None
+    figure = Figure(figsize=(5, 5), layout='constrained')
+    axes = figure.add_subplot()
+    ends = [min(fit.measured.min(), fit.predicted.min()), max(fit.measured.max(), fit.predicted.max())]
+    axes.plot(ends, ends, color='0.7', linewidth=1)
+    axes.scatter(fit.predicted, fit.measured, s=10)
+    axes.set(xlabel='predicted ms per image', ylabel='measured ms per image',
+             title=f'{fit.model.architecture}, {fit.model.backend.get("backend", "")}, batch {fit.model.batch}, '
+                   f'{fit.model.precision}\nNRMSE {100 * fit.model.validation.nrmse:.2f} % on {len(fit.measured)} held-out networks')
+    figure.savefig(path, dpi=150)
