@@ -71,8 +71,9 @@ class TensorRT(Backend):
         """As `Backend.describe`."""
         error, version = self.cuda.cudaRuntimeGetVersion()
         return {**super().describe(), 'tensorrt': self.trt.__version__, 'cuda': None if int(error) else version,
-                'level': self.level, 'timing_cache': str(self.timing_cache) if self.timing_cache else None, 'cuda_graph': self.cuda_graph,
-                'engines': self.engines, 'strongly_typed': self.typed, 'tf32': True}  # tf32 is TensorRT's default
+                'level': self.level, 'timing_cache': str(self.timing_cache) if self.timing_cache else None,
+                'cuda_graph': self.cuda_graph, 'engines': self.engines, 'strongly_typed': self.typed,
+                'tf32': True}  # TensorRT's default
 
     def measure_all(
             self,
