@@ -549,7 +549,6 @@ BAD = {
     'no folder': (['--data-dir', 'nowhere'], "there is no folder 'nowhere'"),
     'save to a file': (['--save-pretrained', 'BASE'], 'is a file: give a folder'),
     'script': (['--torchscript', '--latency-backend', 'torch'], '--torchscript does not go with --latency-backend'),
-    'no backend': (['--latency-backend', 'trtexec', '--latency-precision', 'fp16'], 'is not on the PATH'),
     'fp16 on a CPU': (['--latency-backend', 'torch', '--latency-precision', 'fp16'], 'fp16 on CUDA only'),
     'batch of nothing': (['--latency-batch', '4'], 'need --latency-backend'),
     'remode': (['--remode', 'nope'], "--remode must be const or rand or pixel, not 'nope'"),

@@ -330,8 +330,8 @@ def add_own_arguments(parser: ArgumentParser) -> None:
     add('--push-to-hub', metavar='OWNER/NAME', help='and to the Hugging Face Hub')
 
 
-OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'latency_precision', 'latency_batch',
-       'save_pretrained', 'push_to_hub')
+OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'latency_precision',
+       'latency_batch', 'save_pretrained', 'push_to_hub')
 
 
 def flags_given(parser: ArgumentParser, argv: Optional[Sequence[str]]) -> set[str]:

@@ -412,7 +412,8 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
-        **describe_device(args.device), 'batch': usual_batch(args.device), 'ms': row['latency_ms'], 'spread': row['latency_spread']}}
+        **describe_device(args.device), 'batch': usual_batch(args.device), 'ms': row['latency_ms'],
+        'spread': row['latency_spread']}}
     return {
         'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},

@@ -4,7 +4,6 @@ A sample is the mean of a few calls in a row; a network has one sample per round
 the samples of a network lie too far apart, all are measured again, and the calmest attempt is kept; what stays unsteady is marked.
 """
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,6 +19,7 @@ PERCENTILES = (5, 20, 50, 80, 95, 99)
 MAX_SPREAD = 0.1
 LOOP = ('warmup', 'runs', 'seconds', 'max_spread', 'attempts')  # the options of time_calls
 MAX_RUNS = 10 ** 6
+MAX_MS = 1e9
 
 # What the papers measured. AOWS (supplement C): batches of 64 by TensorRT, of 1 and 16 by PyTorch on a CPU and a GPU; the loop is
 # that of the authors' code, which takes the mean (`Timing` has both). PRUNET (Tiered Pruning, A.1): what trtexec does by default.
@@ -112,8 +112,8 @@ class Timing:
         numbers = {**{k: found[k] for k in ('batch_ms', 'mean', 'minimum')},
                    **{f'percentile {k}': v for k, v in percentiles.items()}, **{f'build {i}': v for i, v in enumerate(builds)}}
         for name, value in {**numbers, 'spread': found['spread']}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or (
-                    value < 0 or value == 0 and name != 'spread'):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_MS or (
+                    value == 0 and name != 'spread'):
                 raise RunnerError(f'{name} of a timing must be a finite number above zero, not {value!r}')
         return cls(**{**found, 'percentiles': {str(k): float(v) for k, v in percentiles.items()},
                       'builds': tuple(map(float, builds))})
