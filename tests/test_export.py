@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.utils.model import reparameterize_model
 
 import timm_width
-from timm_width import cli, export
+from timm_width import cli, export, onnx_file
 
 from .test_config import resized
 
@@ -127,7 +127,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(flags, folder, monkeypatch
     """And go when a file that needs none replaces it."""
     wanted = expected(folder, images(1))
     with monkeypatch.context() as m:
-        m.setattr(export, 'MAX_BYTES', 0)
+        m.setattr(onnx_file, 'MAX_BYTES', 0)
         assert cli.main(['export', str(folder), '--onnx', *SIZE, *flags]) == 0
     assert (folder / 'model.onnx').stat().st_size < 3e4 < (folder / 'model.onnx.data').stat().st_size
     assert relative(run(folder / 'model.onnx', images(1)), wanted) < export.TOLERANCE['float16' if flags else 'float32']

@@ -24,8 +24,15 @@ ORDER = [
     {'trace'},
     {'laws', 'recover'},
     {'models', 'models.width_nets', 'models.make_supported'},
-    {'data'},
-    {'arguments', 'grids', 'losses', 'latency.measure', 'report'},
+    {'data', 'latency.runner.errors'},
+    {'onnx_file', 'latency.runner.timing'},
+    {'latency.runner.base'},
+    {'latency.runner.ort', 'latency.runner.trt', 'latency.runner.trtexec_log'},
+    {'latency.runner.trtexec'},
+    {'latency.runner.backends'},
+    {'latency.measure'},
+    {'latency'},
+    {'arguments', 'grids', 'losses', 'report'},
     {'commandline', 'engine'},
     {'checkpoints', 'holdout', 'problem', 'start', 'tasks', 'training_data'},
     {'output', 'task_training'},
@@ -156,6 +163,19 @@ def test_only_its_own_file_names_a_policy():
 @pytest.mark.parametrize('name', FILES)
 def test_heavy_packages_are_imported_where_they_are_used(name):
     assert not top(name, inside=False) & set(HEAVY)
+
+
+RUNNER = [n for n in FILES if n.startswith('latency.runner')]
+
+
+@pytest.mark.parametrize('name', RUNNER)
+def test_the_runner_needs_nothing_of_ours_and_no_torch(name):
+    """It is copied into bundles, and runs where there is numpy, onnx and one backend; backends are imported inside functions."""
+    assert len(RUNNER) > 6 and not {m for m in ours(name, inside=True) if not m.startswith('latency.runner')}
+    assert top(name, inside=True) <= {*sys.stdlib_module_names, 'numpy', 'onnx', 'onnxruntime', 'tensorrt', 'cuda'}
+    assert top(name, inside=False) <= {*sys.stdlib_module_names, 'numpy'}
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        assert not isinstance(node, ast.ImportFrom) or node.level == 1 or node.level == 0 and node.module.split('.')[0] != 'timm_width'
 
 
 CHILD = """

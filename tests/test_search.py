@@ -57,7 +57,7 @@ def said(folder):
 
 def without_times(folder):
     """The table, but for what no two runs measure alike."""
-    return [{k: v for k, v in row.items() if k != 'latency_ms'} for row in rows(folder)]
+    return [{k: v for k, v in row.items() if not k.startswith('latency')} for row in rows(folder)]
 
 
 def parsed(arguments):
@@ -72,7 +72,7 @@ def base_space(size=32, classes=3):
 def quick():
     """Times that are measured, but not for long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, 'latencies', partial(search.latencies, seconds=1e-4))
+        patch.setattr(search, 'measure_many', partial(search.measure_many, seconds=1e-4, attempts=1))
         yield
 
 
@@ -100,7 +100,7 @@ def test_autoslim_on_digits_gives_a_model_that_timm_rebuilds(digits_run):
     spec = timm_width.load_spec(digits_run)
     assert budget.met(spec.widths) and Macs(base)(spec.widths) == Macs(space)()
     assert int(found['uniform']['macs']) <= budget.limit and int(found['base']['macs']) == Macs(base)()
-    assert all(float(row['latency_ms']) > 0 and row['top1_std'] == '' for row in found.values())
+    assert all(float(row['latency_ms']) > 0 <= float(row['latency_spread']) and row['top1_std'] == '' for row in found.values())
 
 
 def test_saved_weights_have_the_accuracy_of_the_table(digits_run):
@@ -160,7 +160,7 @@ def test_same_seed_same_table_another_seed_another_network(image_folder, tmp_pat
 def test_uniform_policy_is_the_uniform_row(image_folder, tmp_path, capsys):
     refused(command(image_folder, tmp_path / 'x', '--random.samples', '2', policy='uniform'), capsys, 'random.samples')
     assert cli.main(command(image_folder, tmp_path / 'x', policy='uniform')) == 0
-    found, uniform = (dict(by_name(tmp_path / 'x')[n], network='', latency_ms='') for n in ('found', 'uniform'))
+    found, uniform = (dict(by_name(tmp_path / 'x')[n], network='', latency_ms='', latency_spread='') for n in ('found', 'uniform'))
     assert found == uniform
 
 
@@ -262,7 +262,7 @@ def test_baselines_are_what_the_found_network_is_set_beside(names, image_folder,
 
 def test_a_policy_that_is_its_own_baseline_is_trained_once(image_folder, tmp_path):
     assert cli.main(command(image_folder, tmp_path / 'x', '--baselines', 'random')) == 0
-    random, found = (dict(r, network='', latency_ms='') for r in rows(tmp_path / 'x'))
+    random, found = (dict(r, network='', latency_ms='', latency_spread='') for r in rows(tmp_path / 'x'))
     assert random == found
     lines = (tmp_path / 'x' / 'search' / 'results.jsonl').read_text().splitlines()
     assert len(lines) == 1
@@ -653,7 +653,7 @@ def test_mixup_is_refused_where_the_policy_needs_classes(image_folder, tmp_path,
     refused(slimming(image_folder, tmp_path / 'x', '--cutmix-minmax', '0.2', '0.8'), capsys, 'cannot be used with --policy autoslim')
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
-    monkeypatch.setattr(search, 'latencies', lambda networks, *a: dict.fromkeys(networks, 1.))
+    monkeypatch.setattr(search, '_times', lambda problem, entries: [(1., 0.)] * len(entries))
     assert cli.main(slimming(image_folder, tmp_path / 'x', '--mixup', '0.2')) == 0
 
 
@@ -803,6 +803,7 @@ def test_a_search_killed_again_and_again_ends_as_the_unbroken_one(name, image_fo
             about.pop('costs')
             for row in about['baseline'].values():
                 row.pop('latency_ms')
+                row.pop('latency_spread')
         assert found[0] == found[1]
     assert {f.relative_to(tmp_path / 'a') for f in (tmp_path / 'a').rglob('*')} == {
         f.relative_to(tmp_path / 'b') for f in (tmp_path / 'b').rglob('*')}

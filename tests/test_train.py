@@ -189,7 +189,8 @@ def test_files_are_timms(finished):
 
 def test_own_flags_left_alone_leave_no_trace(finished, image_folder, tmp_path):
     said = yaml.safe_load((finished / 'args.yaml').read_text())
-    own = {'widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'save_pretrained', 'push_to_hub'}
+    own = {'widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'latency_precision', 'latency_batch',
+           'save_pretrained', 'push_to_hub'}
     assert not own & set(said) and said['batch_size'] == 8 and said['lr'] == 0.05 and said['data'] is None
     assert not own & set(vars(load(finished / 'last.pth.tar')['args']))
     folder = run(image_folder, tmp_path, '--epochs', 1, '--save-pretrained', tmp_path / 'saved')
@@ -548,6 +549,8 @@ BAD = {
     'no folder': (['--data-dir', 'nowhere'], "there is no folder 'nowhere'"),
     'save to a file': (['--save-pretrained', 'BASE'], 'is a file: give a folder'),
     'script': (['--torchscript', '--latency-backend', 'torch'], '--torchscript does not go with --latency-backend'),
+    'fp16 on a CPU': (['--latency-backend', 'torch', '--latency-precision', 'fp16'], 'fp16 on CUDA only'),
+    'batch of nothing': (['--latency-batch', '4'], 'need --latency-backend'),
     'remode': (['--remode', 'nope'], "--remode must be const or rand or pixel, not 'nope'"),
     'module': (['--device-modules', 'nonesuch'], "--device-modules 'nonesuch' cannot be imported"),
 }

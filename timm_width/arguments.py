@@ -16,6 +16,7 @@ from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
 from .data import DEFAULTS, UsageError
+from .latency.measure import BACKEND_NAMES
 from .resize import IMPORTANCE
 from .space import nearest
 
@@ -37,7 +38,7 @@ TRAIN_RANGES = {
     **RANGES, 'num_classes': (1, None), 'in_chans': (1, None), 'checkpoint_hist': (1, None), 'val_interval': (1, None),
     'log_interval': (1, None), 'recovery_interval': (0, None), 'aug_splits': (0, None), 'tta': (0, None), 'start_epoch': (0, None),
     'train_batches_per_epoch': (1, None), 'multilabel_threshold': (0, 1), 'kd_temperature': (0, None),
-    'teacher_img_size': (1, None),
+    'teacher_img_size': (1, None), 'latency_batch': (1, None),
 }
 CHOICES = {  # timm's parser leaves these to fail later
     'amp_dtype': ('float16', 'bfloat16'), 'clip_mode': ('norm', 'value', 'agc'), 'lr_base_scale': ('', 'linear', 'sqrt'),
@@ -320,13 +321,17 @@ def add_own_arguments(parser: ArgumentParser) -> None:
         help='start from trained weights of the same shapes: a saved model\'s folder (which then is '
         '--model, too) or a checkpoint; another number of classes gets a new classifier')
     add('--teacher-img-size', type=int, metavar='N', help="side of the images that --kd-model-name sees (default: the student's)")
-    add('--latency-backend', choices=['torch'], metavar='NAME', help='time the final model next to its base: torch')
+    add('--latency-backend', choices=BACKEND_NAMES, metavar='NAME',
+        help=f"time the final model next to its base: {', '.join(BACKEND_NAMES)}")
+    add('--latency-precision', choices=('fp32', 'fp16'), metavar='NAME', help='in what to compute then: fp32 (default) or fp16')
+    add('--latency-batch', type=int, metavar='N', help='images per call then (default: 1 on a CPU, 16 on a GPU)')
     add('--save-pretrained', metavar='FOLDER',
         help="save the final model for timm.create_model('local-dir:FOLDER', pretrained=True)")
     add('--push-to-hub', metavar='OWNER/NAME', help='and to the Hugging Face Hub')
 
 
-OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'save_pretrained', 'push_to_hub')
+OWN = ('widths', 'inherit', 'importance', 'finetune_from', 'teacher_img_size', 'latency_backend', 'latency_precision',
+       'latency_batch', 'save_pretrained', 'push_to_hub')
 
 
 def flags_given(parser: ArgumentParser, argv: Optional[Sequence[str]]) -> set[str]:

@@ -26,6 +26,7 @@ from .arguments import (
     flags_given,
 )
 from .data import DEFAULTS, UsageError
+from .latency.measure import check_backend
 from .losses import resolve_loss
 from .space import nearest
 
@@ -189,6 +190,10 @@ def _resolve(args: Namespace, given: set[str]) -> None:
     ours = [f for f in ('save_pretrained', 'push_to_hub', 'latency_backend', 'kd_model_name') if getattr(args, f)]
     if args.torchscript and ours:
         raise UsageError(f"--torchscript does not go with --{ours[0].replace('_', '-')}")
+    if args.latency_backend:
+        check_backend(args.latency_backend, args.latency_precision or 'fp32', args.device)  # before the training, not after it
+    elif args.latency_precision or args.latency_batch:
+        raise UsageError('--latency-precision and --latency-batch need --latency-backend')
     if args.save_pretrained:
         check_output(Path(args.save_pretrained), True, args.model, '--save-pretrained')
     if args.inherit and args.finetune_from:

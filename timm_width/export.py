@@ -9,10 +9,8 @@ and output stay float32, so that the same program runs either file. Before anyth
 random images: no logit may differ from torch's by more than 0.0001 (--fp16: 0.02) of the largest one.
 """
 import json
-import logging
 import os
 import tempfile
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,11 +31,11 @@ from .arguments import Parser
 from .config import fingerprint
 from .data import UsageError, first_line
 from .engine import create
+from .onnx_file import data_of, halve, run_onnx, write_onnx
 
 __all__ = ['export', 'main']
 
 TOLERANCE = {'float32': 1e-4, 'float16': 2e-2}  # of the largest logit, so the top class agrees where it leads by twice that
-MAX_BYTES = 2 ** 31 - 2 ** 27  # of a protobuf file, with room for the graph; larger weights lie beside it in FILE.data
 WEIGHTS = ('*.safetensors', '*.bin', '*.pth', '*.pt')
 SEED = 0
 
@@ -85,19 +83,19 @@ def export(args: Namespace) -> str:
 
     with _beside(output) as folder:
         written = folder / 'float32' / output.name
-        opset = _write(reparameterize_model(model), images[-1], args.dynamic, written, metadata)
+        opset = write_onnx(reparameterize_model(model), images[-1], written, args.dynamic, metadata)
         if args.fp16:
-            written = _halve(written, folder / 'float16' / output.name, images[0])
-        difference = max(_relative(_run(written, x)[0], y.numpy()) for x, y in zip(images, expected))
+            written = halve(written, folder / 'float16' / output.name, images[0].numpy())
+        difference = max(_relative(run_onnx(written, x.numpy())[0], y.numpy()) for x, y in zip(images, expected))
         if not difference <= TOLERANCE[precision]:  # nor if it is NaN
             raise UsageError(f'the {precision} file does not compute what torch does: outputs differ by {difference:.1e} of the '
                              f'largest, more than {TOLERANCE[precision]}; nothing was written')
-        files = [f for f in (_data(written), written) if f.exists()]  # the model after its data
+        files = [f for f in (data_of(written), written) if f.exists()]  # the model after its data
         size = sum(f.stat().st_size for f in files)
         for file in files:
             os.replace(file, output.with_name(file.name))
         if len(files) == 1:
-            _data(output).unlink(missing_ok=True)  # of the file that was replaced
+            data_of(output).unlink(missing_ok=True)  # of the file that was replaced
     shape = 'x'.join(map(str, ('N' if args.dynamic else args.batch, *data['input_size'])))
     return (f"{output}: {size / 1e6:.1f} MB, opset {opset}, {precision}, input {shape}{', random weights' * args.no_weights}, "
             f'largest difference from torch {difference:.1e} of the largest output')
@@ -118,7 +116,7 @@ def _check(args: Namespace) -> Path:
         raise UsageError(f"--output must be a file whose name ends in .onnx, not '{output}'")
     if not output.parent.is_dir():
         raise UsageError(f"--output '{output}': there is no folder '{output.parent}'")
-    for file in (output, _data(output)):
+    for file in (output, data_of(output)):
         if file.exists() and not args.overwrite:
             raise UsageError(f"'{file}' exists: give another --output, or --overwrite")
     for name in ('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir'):
@@ -154,75 +152,10 @@ def _beside(output: Path) -> Iterator[Path]:
         raise UsageError(f"'{output}' cannot be written: {first_line(e)}") from e
 
 
-def _write(model: nn.Module, images: torch.Tensor, dynamic: bool, path: Path, metadata: dict[str, str]) -> int:
-    """Exports in float32; returns the opset."""
-    logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the exporter, about its own future
-            program = torch.onnx.export(
-                model, (images,), dynamo=True, verbose=False, input_names=['input'], output_names=['output'],
-                dynamic_shapes=({0: 'batch'},) if dynamic else None)
-    except Exception as e:  # anything: torch.export runs the model's code
-        hint = '; try --batch N instead of --dynamic' if dynamic else ''
-        raise UsageError(f'torch cannot export this model to ONNX{hint}: {first_line(e)}') from e
-    program.model.metadata_props.update(metadata)
-    for node in program.model.graph:
-        node.metadata_props.clear()  # stack traces, with the paths of this machine
-    program.save(path, external_data=sum(t.nbytes for t in model.state_dict().values()) > MAX_BYTES)
-    return program.model.opset_imports['']
-
-
-def _halve(path: Path, output: Path, images: torch.Tensor) -> Path:
-    """Converts a float32 file, in which batch norms are folded already, to float16 inside."""
-    import onnx
-    import onnx_ir
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    proto = onnx.load(path, load_external_data=False)
-    del proto.graph.value_info[:]  # the exporter lists initializers there, which the converter takes for activations
-    onnx.save(proto, path)
-    # ONNX Runtime's CPU kernels compute float16 files in float32: running the converted file would not show an overflow
-    names = [name for node in proto.graph.node if node.op_type != 'Constant' for name in node.output if name]
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    probe, limit = path.with_name(path.name + '.probe'), np.finfo(np.float16).max
-    onnx.save(proto, probe)
-    for name, value in zip(names, _run(probe, images)):
-        most = np.abs(value[np.isfinite(value)]).max(initial=0) if value.dtype == np.float32 else 0
-        if most > limit:
-            raise UsageError(f"--fp16: '{name}' reaches {most:.3g}, and float16 ends at {limit:.0f}: export without --fp16")
-    try:
-        half = onnx_ir.from_proto(convert_float_to_float16(str(path), keep_io_types=True))
-        half.graph.sort()  # the converter puts its casts at the end
-        size = sum(t.nbytes for v in half.graph.initializers.values() if (t := v.const_value) is not None)
-        onnx_ir.save(half, output, external_data=_data(output).name if size > MAX_BYTES else None)
-    except Exception as e:  # anything: these two packages have no errors of their own
-        raise UsageError(f'--fp16: the file cannot be converted: {first_line(e)}') from e
-    return output
-
-
-def _run(path: Path, images: torch.Tensor) -> list[np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-        return session.run(None, {'input': images.numpy()})
-    except Exception as e:  # its errors share no class but this
-        raise UsageError(f'ONNX Runtime cannot run the exported file: {first_line(e)}; nothing was written') from e
-
-
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
     if found.shape != expected.shape:
         return float('inf')
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
-
-
-def _data(path: Path) -> Path:
-    """Where the weights of a file lie that are too large for it."""
-    return path.with_name(path.name + '.data')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

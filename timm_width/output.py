@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import FORMAT, SUFFIX, fingerprint, save
 from .data import UsageError, first_line
-from .latency.measure import describe_device, latencies, usual_batch
+from .latency.measure import TORCH, measure_many
 from .start import provenance_of
 
 __all__ = ['publish']
@@ -96,10 +96,13 @@ def _time(model: nn.Module, args: Namespace, config: Mapping[str, Any]) -> None:
     if name.endswith(SUFFIX):
         networks[name.removesuffix(SUFFIX)] = timm.create_model(
             name.removesuffix(SUFFIX), num_classes=model.num_classes, in_chans=model.in_chans)
-    batch = usual_batch(args.device)
-    found = latencies(networks, config['input_size'], batch, args.device)
-    print(f"\nlatency ({args.latency_backend}, batch {batch}, {describe_device(args.device)['device']}):")
-    for network, ms in found.items():
-        print(f'  {network:<40}{ms:8.3f} ms per image {ms / list(found.values())[-1]:6.1%}', flush=True)
+    ours = args.latency_backend in TORCH
+    found = measure_many(networks, config['input_size'], args.latency_backend, args.latency_precision, args.latency_batch,
+                         args.device if ours else None)
+    base = list(found.values())[-1]
+    print(f"\nlatency ({args.latency_backend}, {base.precision}, batch {base.batch}, {base.backend['device']}):")
+    for network, one in found.items():
+        unsteady = '  disturbed by other load, however often measured' * one.disturbed
+        print(f'  {network:<40}{one.ms:8.3f} ms ±{one.spread:.0%} per image {one.ms / base.ms:6.1%}{unsteady}', flush=True)
     if 'cuda' in args.device:
         torch.cuda.empty_cache()

@@ -34,7 +34,7 @@ from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS
 from .holdout import Holdout, Journal
-from .latency.measure import describe_device, latencies, usual_batch
+from .latency.measure import describe_device, measure_many, usual_batch
 from .losses import resolve_loss
 from .models import supported
 from .policies.base import Choice
@@ -265,8 +265,8 @@ def _run(
             problem.space, problem.budgets, grid, options[policy], args.seed))
     entries = list(_entries(args, problem, name, chosen))
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
-    for row, ms in zip(rows, _times(problem, entries)):
-        row['latency_ms'] = ms
+    for row, (ms, spread) in zip(rows, _times(problem, entries)):
+        row['latency_ms'], row['latency_spread'] = ms, spread
     provenance = {e.budget.text: _provenance(problem, args.grid or found[name].default_grid, options[name], row)
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
@@ -335,16 +335,16 @@ def _is_trained(folder: Path, epochs: int) -> bool:
     return (folder / 'config.json').is_file() and load_spec(folder).provenance.get('train') == {'epochs': epochs}
 
 
-def _times(problem: Problem, entries: Sequence[_Entry]) -> list[float]:
-    """Milliseconds per image of every network, on this machine."""
+def _times(problem: Problem, entries: Sequence[_Entry]) -> list[tuple[float, float]]:
+    """Milliseconds per image of every network on this machine, and how far the measured times lie apart (`Timing.spread`)."""
     args = problem.args
     if not is_primary(args):
-        return [0.] * len(entries)
+        return [(0., 0.)] * len(entries)
     names = [json.dumps([{n: w for n, w in e.choice.widths.items() if w != problem.space[n].size}, e.choice.skips], sort_keys=True)
              for e in entries]
     networks = {name: problem.model(e.choice, args.seed) for name, e in zip(names, entries)}  # what is the same, once
-    times = latencies(networks, problem.space.input_size, usual_batch(args.device), args.device)
-    return [round(times[name], 4) for name in names]
+    times = measure_many(networks, problem.space.input_size, 'torch', batch=usual_batch(args.device), device=args.device)
+    return [(round(times[name].ms, 4), round(times[name].spread, 4)) for name in names]
 
 
 def _train_all(
@@ -412,7 +412,8 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
-        **describe_device(args.device), 'batch': usual_batch(args.device), 'ms': row['latency_ms']}}
+        **describe_device(args.device), 'batch': usual_batch(args.device), 'ms': row['latency_ms'],
+        'spread': row['latency_spread']}}
     return {
         'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},
@@ -426,7 +427,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     rows = search(args, found)
     if not is_primary(args):
         return
-    print_table(rows, f'{args.device}, batch {usual_batch(args.device)}; medians, which other load on the machine disturbs')
+    print_table(rows, f'{args.device}, batch {usual_batch(args.device)}')
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''
     print()
     for budget in args.budget:

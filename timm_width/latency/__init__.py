@@ -1,1 +1,4 @@
-"""Measured latency: so far, of torch on this machine."""
+"""Measured latency."""
+from .measure import Measurement, measure, measure_many
+
+__all__ = ['Measurement', 'measure', 'measure_many']
