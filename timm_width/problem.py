@@ -10,17 +10,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .budget import Budget
-from .cost import Macs, Params
+from .cost import Cost, Macs, Params
 from .data import UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
+from .factors import Factors
 from .grids import make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
 from .resize import resize
-from .space import WidthSpace
+from .space import WidthError, WidthSpace
+from .tables import Tables
+from .target import MEASURE, Target
 from .trace import trace
 
-__all__ = ['Problem', 'Proxy', 'learning_problem', 'make_problem', 'parse_proxy']
+__all__ = ['Problem', 'Proxy', 'learning_problem', 'make_problem', 'parse_proxy', 'set_budgets']
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class Problem:
         targets: Class of every image of the training split.
         space: The width space at these image sizes.
         grid: Group -> widths to choose from.
-        budgets: What the answers must meet.
+        budgets: What the answers must meet; set by `set_budgets`.
         config: timm's data config of the model.
+        latency: What a latency model predicts, if there is one.
     """
     args: Namespace
     train: View
@@ -53,6 +57,7 @@ class Problem:
     grid: Grid
     budgets: tuple[Budget, ...]
     config: Mapping[str, Any]
+    latency: Optional[Cost] = None
 
     def model(self, choice: Choice, seed: int) -> nn.Module:
         """The model at some widths; the same seed gives the same initial weights."""
@@ -70,8 +75,15 @@ class Problem:
     def held_batches(self) -> DataLoader:
         return loader(self.held, self.args, self.config, training=False)
 
-    def costs(self, choice: Choice) -> dict[str, int]:
-        return {'macs': Macs(self.space)(*choice), 'params': Params(self.space)(*choice)}
+    def costs(self, choice: Choice) -> dict[str, Any]:
+        """MACs and parameters; and the latency predicted, empty where the latency model says nothing of such a network."""
+        found: dict[str, Any] = {'macs': Macs(self.space)(*choice), 'params': Params(self.space)(*choice)}
+        if self.latency is not None:
+            try:
+                found['predicted_ms'] = round(self.latency(*choice), 6)
+            except WidthError:
+                found['predicted_ms'] = ''
+        return found
 
 
 def base_model(args: Namespace) -> nn.Module:
@@ -102,18 +114,17 @@ def parse_proxy(text: str) -> Proxy:
 
 
 def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem]:
-    """Opens the images, builds and traces the model, and checks that the budgets can be met, before anything is trained.
+    """Opens the images, builds and traces the model, before anything is trained. `set_budgets` comes next.
 
     Args:
         args: The flags.
         rules: Policy -> the grid that it chooses from; the searching policy first, whose range the others share.
 
     Returns:
-        Policy -> its problem; they differ by their grids alone.
+        Policy -> its problem, without budgets; they differ by their grids alone.
 
     Raises:
         UsageError: A flag, the images or the model cannot be worked with.
-        BudgetError: A budget cannot be read or met.
     """
     splits = open_splits(args)
     random_seed(args.seed)
@@ -130,12 +141,41 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
             low = min(widths[0] / space[name].size for name, widths in grids[policy].items())
             high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
-    budgets = tuple(Budget.parse(text, space) for text in args.budget)
-    for budget in budgets:
-        for grid in grids.values():
-            budget.check_feasible({name: w[0] for name, w in grid.items()}, {name: w[-1] for name, w in grid.items()})
-    return {policy: Problem(args, View(splits.train), View(splits.validation), splits.targets, space, grid, budgets, config)
+    return {policy: Problem(args, View(splits.train), View(splits.validation), splits.targets, space, grid, (), config)
             for policy, grid in grids.items()}
+
+
+def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Problem]:
+    """Adds the budgets that the flags ask for, and checks that they can be met.
+
+    Args:
+        problems: Those of `make_problem`.
+        target: What latency is counted by. Where its model is still to be made, its budgets are only read.
+
+    Raises:
+        BudgetError: A budget cannot be read or met.
+        LatencyError, UsageError: The latency model is of another network or grid.
+    """
+    first = next(iter(problems.values()))
+    args, space = first.args, first.space
+    latency = target.cost(space)
+    pending = latency is None and args.latency_model == MEASURE
+    budgets = tuple(Budget.parse(text, space, Tables(space, 'ms per image', Factors({}, 1.)) if pending else latency)
+                    for text in args.budget)
+    found = {}
+    for policy, problem in problems.items():
+        grid = problem.grid if problem is first else target.clip(problem.grid)
+        for budget in budgets:
+            if pending and isinstance(budget.cost, Tables):
+                continue
+            ends = [{name: widths[i] for name, widths in grid.items()} for i in (0, -1)]
+            try:
+                budget.check_feasible(*ends)
+            except WidthError as e:
+                raise UsageError(f'--latency-model {args.latency_model}: {e}; search the grid that was measured, or measure '
+                                 'this one') from e
+        found[policy] = replace(problem, grid=grid, budgets=budgets, latency=latency)
+    return found
 
 
 def learning_problem(problem: Problem) -> Problem:

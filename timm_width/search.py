@@ -34,25 +34,27 @@ from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS
 from .holdout import Holdout, Journal
-from .latency.measure import describe_device, measure_many, usual_batch
 from .losses import resolve_loss
 from .models import supported
 from .policies.base import Choice
-from .problem import Problem, learning_problem, make_problem, parse_proxy
+from .problem import Problem, learning_problem, make_problem, parse_proxy, set_budgets
 from .report import METRICS, metric_name, print_table, write_table
 from .space import MAX_GROWTH
+from .target import Target, add_target_arguments, build_target, find_target, needs_measuring
 
 __all__ = ['main', 'parse', 'search']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
-                 'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH)}
+                 'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None), 'latency_threads': (1, None),
+                 'latency_samples': (20, None)}
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
                    'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
 BASE = 'base'
 BASELINES = [BASE, 'uniform']
 # what may be another when a search goes on: nothing that decides what the policy has learned so far
-FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem')
+FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem', 'latency_model',
+        'latency_backend', 'latency_precision', 'latency_batch', 'latency_threads', 'latency_samples')
 
 
 # -- the command line ------------------------------------------------------------------------------------------------------
@@ -78,7 +80,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     group.add_argument('--policy', required=not known.policy, metavar='NAME',
                        help=f"one of {', '.join(policies.names())}, or a file of yours; --policy NAME --help shows its options")
     group.add_argument('--budget', required=not earlier, nargs='+', metavar='COST=LIMIT',
-                       help='macs=150M, params=2M, or a ratio of the base: macs=0.5x; one network is found for each')
+                       help='macs=150M, params=2M, latency=0.5ms (per image), or a ratio of the base: macs=0.5x; one network is '
+                            'found for each')
     length = policies.load(known.policy).search_epochs if known.policy else "the paper's"
     group.add_argument('--search-epochs', type=int, metavar='N', help=f"length of the policy's own training (default: {length})")
     group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
@@ -97,6 +100,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
                        help=f"what to set the found network beside: {BASE}, and any policies")
     group.add_argument('--seeds', type=int, default=1, metavar='N',
                        help='train every network of the table N times, and report mean and standard deviation')
+    add_target_arguments(parser.add_argument_group('latency'))
     add_arguments(parser)
     parser.add_argument('--no-sched-on-updates', dest='sched_on_updates', action='store_false', help='the opposite')
     group = parser.add_argument_group('output')
@@ -215,7 +219,7 @@ class _Entry:
     budget: Optional[Budget] = None
 
 
-def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[dict[str, Any]]:
+def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple[list[dict[str, Any]], Target]:
     """Runs a whole search: choose on the holdout, save, train, compare.
 
     Args:
@@ -223,7 +227,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
         found: The policies that the flags name.
 
     Returns:
-        The rows of the final table.
+        The rows of the final table, and what measured their latency.
     """
     _check(args, found)
     options = {name: policies.read_options(args, name, policy) for name, policy in found.items()}
@@ -234,16 +238,23 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> list[
     name = policies.label(args.policy)
     # --grid is for the policy that searches; a baseline on a coarse grid could not fill the budget
     rules = {label: label == name and args.grid or policy.default_grid for label, policy in found.items()}
-    problems = make_problem(args, rules)
+    target = find_target(args)
+    plain = make_problem(args, rules)
+    problems = set_budgets(plain, target)
     problem, output = problems[name], Path(args.output)
     learning = learning_problem(problem)
     if is_primary(args):
         _prepare_output(args, output)
     wait_for_all(args)
+    if needs_measuring(args):
+        target = build_target(args, target, problem.space, rules[name])
+        problems = set_budgets(plain, target)
+        problem = problems[name]
+        learning = dataclasses.replace(learning, budgets=problem.budgets, latency=problem.latency)
     say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
                f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
     try:
-        return _run(args, problems, learning, found, options, name)
+        return _run(args, problems, learning, found, options, name, target), target
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; --resume '{output}' goes on") from None
 
@@ -255,6 +266,7 @@ def _run(
         found: Mapping[str, type[policies.Policy]],
         options: Mapping[str, Any],
         name: str,
+        target: Target,
 ) -> list[dict[str, Any]]:
     """The search, once it has a folder to write to."""
     problem, output = problems[name], Path(args.output)
@@ -265,9 +277,9 @@ def _run(
             problem.space, problem.budgets, grid, options[policy], args.seed))
     entries = list(_entries(args, problem, name, chosen))
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
-    for row, (ms, spread) in zip(rows, _times(problem, entries)):
+    for row, (ms, spread) in zip(rows, _times(problem, entries, target)):
         row['latency_ms'], row['latency_spread'] = ms, spread
-    provenance = {e.budget.text: _provenance(problem, args.grid or found[name].default_grid, options[name], row)
+    provenance = {e.budget.text: _provenance(problem, args.grid or found[name].default_grid, options[name], row, target)
                   for e, row in zip(entries, rows) if e.name == 'found'}
     if is_primary(args):
         for e in entries:
@@ -288,7 +300,7 @@ def _prepare_output(args: Namespace, output: Path) -> None:
     if not args.resume:
         for name in _earlier_folders(output):
             shutil.rmtree(output / name, ignore_errors=True)
-        for name in ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv'):
+        for name in ('config.json', 'model.safetensors', 'args.yaml', 'summary.csv', 'latency.json'):
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(output / 'search', ignore_errors=True)
     write_args(args, output)
@@ -335,7 +347,7 @@ def _is_trained(folder: Path, epochs: int) -> bool:
     return (folder / 'config.json').is_file() and load_spec(folder).provenance.get('train') == {'epochs': epochs}
 
 
-def _times(problem: Problem, entries: Sequence[_Entry]) -> list[tuple[float, float]]:
+def _times(problem: Problem, entries: Sequence[_Entry], target: Target) -> list[tuple[float, float]]:
     """Milliseconds per image of every network on this machine, and how far the measured times lie apart (`Timing.spread`)."""
     args = problem.args
     if not is_primary(args):
@@ -343,7 +355,7 @@ def _times(problem: Problem, entries: Sequence[_Entry]) -> list[tuple[float, flo
     names = [json.dumps([{n: w for n, w in e.choice.widths.items() if w != problem.space[n].size}, e.choice.skips], sort_keys=True)
              for e in entries]
     networks = {name: problem.model(e.choice, args.seed) for name, e in zip(names, entries)}  # what is the same, once
-    times = measure_many(networks, problem.space.input_size, 'torch', batch=usual_batch(args.device), device=args.device)
+    times = target.measure(networks, problem.space.input_size)
     return [(round(times[name].ms, 4), round(times[name].spread, 4)) for name in names]
 
 
@@ -409,11 +421,12 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     beside.replace(path)
 
 
-def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any], target: Target) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
-        **describe_device(args.device), 'batch': usual_batch(args.device), 'ms': row['latency_ms'],
-        'spread': row['latency_spread']}}
+        **target.describe(), 'ms': row['latency_ms'], 'spread': row['latency_spread']}}
+    if row.get('predicted_ms', '') != '':
+        costs['latency_ms'] |= {'predicted': row['predicted_ms'], 'model': target.told()}
     return {
         'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},
@@ -424,10 +437,14 @@ def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Parses, searches, and prints the table."""
     args, found = parse(argv)
-    rows = search(args, found)
+    rows, target = search(args, found)
     if not is_primary(args):
         return
-    print_table(rows, f'{args.device}, batch {usual_batch(args.device)}')
+    print_table(rows, str(target))
+    if target.model is not None:
+        print(f'(predicted by a latency model of {target.model})')
+    if target.elsewhere:
+        print(f'({target.elsewhere}: measured and predicted times do not compare)')
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''
     print()
     for budget in args.budget:

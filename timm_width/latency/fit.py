@@ -31,11 +31,13 @@ class Fit:
 
     Attributes:
         model: It.
-        measured: Milliseconds per image of the held-out networks.
+        networks: Widths of the held-out networks.
+        measured: Their milliseconds per image.
         predicted: What the model says of them.
         notes: What a user should know of the timings, a line each.
     """
     model: LatencyModel
+    networks: Sequence[Mapping[str, int]]
     measured: np.ndarray
     predicted: np.ndarray
     notes: Sequence[str]
@@ -100,16 +102,17 @@ def fit_results(
     if unseen := int((unknowns.rows(widths).sum(0).A1 == 0).sum()):
         notes.append(f'{unseen} of {unknowns.count} unknowns occur in no network measured so far: they follow from the others')
     measured = np.array([_ms(row, statistic) for row in valid])
-    predicted = predict(tables, [manifest.configurations[row['index']].widths for row in valid])
+    held = [manifest.configurations[row['index']].widths for row in valid]
+    predicted = predict(tables, held)
     validation = validate(predicted, measured)
-    about = {'networks': len(train), 'unknowns': unknowns.count, 'statistic': statistic, 'smoothness': smoothness, 'prior': prior,
-             'seconds': round(seconds, 3), 'spread': median(row['spread'] for row in train), 'notes': notes,
+    about = {'kind': 'pairwise', 'networks': len(train), 'unknowns': unknowns.count, 'statistic': statistic,
+             'smoothness': smoothness, 'prior': prior, 'seconds': round(seconds, 3), 'spread': median(row['spread'] for row in train), 'notes': notes,
              'loop': results.header['loop'], 'host': results.header['host'], 'versions': {
                  **manifest.data.get('versions', {}), 'timm_width': __version__}}
     model = LatencyModel(
         space.architecture.removesuffix(SUFFIX), tuple(space.input_size), space_fingerprint(space), manifest.batch,
         results.header['precision'], results.header['backend'], tables, validation, about)
-    return Fit(model, measured, predicted, notes)
+    return Fit(model, held, measured, predicted, notes)
 
 
 def _split(rows: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list, list, list[str]]:
@@ -148,5 +151,5 @@ def plot(fit: Fit, path: Path) -> None:
     axes.scatter(fit.predicted, fit.measured, s=10)
     axes.set(xlabel='predicted ms per image', ylabel='measured ms per image',
              title=f'{fit.model.architecture}, {fit.model.backend.get("backend", "")}, batch {fit.model.batch}, '
-                   f'{fit.model.precision}\nNRMSE {100 * fit.model.validation.nrmse:.2f} % on {len(fit.measured)} held-out networks')
+                   f'{fit.model.precision}\nNRMSE {100 * fit.model.validation.nrmse:.2f} % on {len(fit.measured)} held out')
     figure.savefig(path, dpi=150)

@@ -24,7 +24,8 @@ from .runner.base import check_outputs, cpu_name, inspect
 from .runner.timing import LOOP, PRESETS, Timing, time_calls
 
 __all__ = [
-    'BACKEND_NAMES', 'TORCH', 'Measurement', 'check_backend', 'describe_device', 'measure', 'measure_many', 'usual_batch',
+    'BACKEND_NAMES', 'TORCH', 'Measurement', 'check_backend', 'describe', 'describe_device', 'measure', 'measure_many',
+    'usual_batch',
 ]
 
 TORCH = ('torch', 'torch-compile')
@@ -191,6 +192,29 @@ def check_backend(name: str, precision: str = 'fp32', device: str = 'cpu') -> No
         open_backend(name, precision=precision)
 
 
+def describe(backend: str, precision: str = 'fp32', device: str = 'cpu', threads: Optional[int] = None) -> dict[str, Any]:
+    """What a time is worth nothing without: device, versions, flags.
+
+    Args:
+        backend: One of BACKEND_NAMES.
+        precision: 'fp32', 'fp16' or 'int8'.
+        device: Of torch.
+        threads: Of the CPU.
+
+    Raises:
+        UsageError, RunnerError: As `check_backend`.
+    """
+    if backend not in TORCH:
+        return open_backend(backend, precision=precision, threads=threads).describe()
+    with _threads(threads):
+        told = {'backend': backend, **describe_device(device), 'precision': PRECISION_NAMES[precision],
+                'timm': timm.__version__, 'python': platform.python_version(), 'system': platform.platform()}
+    if 'cuda' in device:
+        told |= {'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version(), 'tf32': torch.backends.cudnn.allow_tf32,
+                 'cudnn_benchmark': torch.backends.cudnn.benchmark}
+    return told
+
+
 def usual_batch(device: str) -> int:
     """Images per timed call: those of AOWS (appendix C)."""
     return 16 if 'cuda' in device else 1
@@ -297,13 +321,7 @@ def _by_torch(
                 network = torch.compile(network, fullgraph=True, dynamic=False)
             calls[name] = _call(network, images, cuda)
             _run(calls[name], size)
-        timings = time_calls(calls, batch=batch, **loop)
-        told = {'backend': backend, **describe_device(device), 'precision': PRECISION_NAMES[precision],
-                'timm': timm.__version__, 'python': platform.python_version(), 'system': platform.platform()}
-    if cuda:
-        told |= {'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version(), 'tf32': torch.backends.cudnn.allow_tf32,
-                 'cudnn_benchmark': torch.backends.cudnn.benchmark}
-    return timings, told
+        return time_calls(calls, batch=batch, **loop), describe(backend, precision, device)
 
 
 def _call(network: nn.Module, images: torch.Tensor, cuda: bool) -> Any:

@@ -1,7 +1,7 @@
 """Which networks to time for a latency model, in an order in which stopping early is no loss.
 
-Biased sampling, supplement A of AOWS: each network holds as many as can be of the unknowns that were timed least so far, so that all
-are seen soon and evenly.
+Biased sampling, supplement A of AOWS: each network holds as many as can be of the unknowns that were timed least so far, so that
+all are seen soon and evenly.
 """
 from collections.abc import Mapping, Sequence
 

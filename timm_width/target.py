@@ -1,0 +1,182 @@
+"""What a search times networks by: this machine, or the latency model of another."""
+from argparse import Namespace, _ArgumentGroup
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from torch import nn
+
+from .cost import Cost
+from .data import UsageError
+from .engine import is_primary, model_arguments, say, wait_for_all
+from .factors import Grid
+from .latency.measure import BACKEND_NAMES, TORCH, Measurement, check_backend, describe, measure_many, usual_batch
+from .latency.model import LatencyModel
+from .latency.runner.errors import RunnerError
+from .space import WidthSpace
+
+__all__ = ['MEASURE', 'Target', 'add_target_arguments', 'build_target', 'find_target', 'needs_measuring']
+
+MEASURE = 'measure'
+FILE = 'latency.json'  # in --output
+CANNOT = 'this machine cannot run'
+
+
+def add_target_arguments(group: _ArgumentGroup) -> None:
+    """Adds the flags of a search that concern latency."""
+    add = group.add_argument
+    add('--latency-model', metavar='FILE', help='what latency= budgets are counted by: a file of `timm-width latency fit`, or '
+        f"'{MEASURE}': make one first, on this machine")
+    add('--latency-backend', choices=BACKEND_NAMES, metavar='NAME',
+        help=f"what networks are timed by: {', '.join(BACKEND_NAMES)} (default: the latency model's, or torch)")
+    add('--latency-precision', choices=('fp32', 'fp16'), metavar='NAME', help='fp32 or fp16 (default: as --latency-batch, or fp32)')
+    add('--latency-batch', type=int, metavar='N',
+        help="images per call (default: the latency model's, or 1 on a CPU and 16 on a GPU)")
+    add('--latency-threads', type=int, metavar='N', help="threads of a CPU (default: the latency model's, or all)")
+    add('--latency-samples', type=int, default=2000, metavar='N',
+        help=f'networks that --latency-model {MEASURE} measures at most')
+
+
+@dataclass(frozen=True)
+class Target:
+    """How networks are timed on this machine, and a latency model if there is one.
+
+    Attributes:
+        backend: A name of `latency.measure.BACKEND_NAMES`.
+        precision: 'fp32' or 'fp16'.
+        batch: Images per call.
+        threads: Of a CPU; None: all.
+        device: Of torch.
+        model: The latency model.
+        elsewhere: Why this machine is not the one of the latency model; empty if it is.
+    """
+    backend: str
+    precision: str
+    batch: int
+    threads: Optional[int]
+    device: Optional[str]
+    model: Optional[LatencyModel] = None
+    elsewhere: str = ''
+
+    def cost(self, space: WidthSpace) -> Optional[Cost]:
+        """What latency budgets count, if there is a model.
+
+        Raises:
+            LatencyError: The model is of another network.
+        """
+        return None if self.model is None else self.model.cost(space)
+
+    def measure(self, networks: Mapping[str, nn.Module], input_size: tuple[int, ...]) -> dict[str, Measurement]:
+        """Times networks next to one another."""
+        return measure_many(networks, input_size, self.backend, self.precision, self.batch, self.device, threads=self.threads)
+
+    def describe(self) -> dict[str, Any]:
+        """What a time measured here is worth nothing without."""
+        return {**describe(self.backend, self.precision, self.device or 'cpu', self.threads), 'batch': self.batch}
+
+    def told(self) -> dict[str, Any]:
+        """What the provenance of a network says of the latency model."""
+        return {'backend': dict(self.model.backend), 'batch': self.model.batch, 'precision': self.model.precision,
+                'validation': asdict(self.model.validation)}
+
+    def __str__(self) -> str:
+        return f"{self.backend}{f' on {self.device}' if self.device else ''}, {self.precision}, batch {self.batch}"
+
+    def clip(self, grid: Grid) -> Grid:
+        """The part of a grid where the latency model says something; groups of which nothing is left keep their base width."""
+        if self.model is None:
+            return grid
+        found = {}
+        for name, widths in grid.items():
+            measured = self.model.tables.grid.get(name)
+            if measured and (inside := tuple(w for w in widths if measured[0] <= w <= measured[-1])):
+                found[name] = inside
+        return found
+
+
+def find_target(args: Namespace) -> Target:
+    """What the flags say, and what the latency model says where they do not.
+
+    Raises:
+        UsageError: They contradict one another, or this machine cannot do what they ask for.
+        LatencyError: The file is no latency model.
+        RunnerError: A backend that the flags ask for is not installed.
+    """
+    path = _file(args)
+    model = LatencyModel.load(path) if path else None
+    wanted: dict[str, Any] = {'backend': None, 'precision': None, 'batch': None, 'threads': None}
+    for name in wanted:
+        wanted[name] = given = getattr(args, f'latency_{name}')
+        if model is not None:
+            own = _of_model(model, name)
+            if given is not None and own is not None and given != own:
+                raise UsageError(f"--latency-{name} {given}: the latency model '{path}' is for {name} {own}")
+            wanted[name] = own if given is None else given
+    backend, precision = wanted['backend'] or 'torch', wanted['precision'] or 'fp32'
+    device = args.device if backend in TORCH else None
+    batch = wanted['batch'] or usual_batch(device or ('cpu' if backend == 'onnxruntime' else 'cuda'))
+    target = Target(backend, precision, batch, wanted['threads'], device, model)
+    if model is None or path == _built(args):
+        check_backend(backend, precision, args.device)
+        return target
+    elsewhere = _elsewhere(target, args)
+    if elsewhere.startswith(CANNOT):
+        return Target('torch', 'fp32', batch, args.latency_threads, args.device, model, elsewhere)
+    return replace(target, elsewhere=elsewhere)
+
+
+def _file(args: Namespace) -> Optional[Path]:
+    """The latency model to read: that of the flag, or the one that an earlier part of this search has made."""
+    if args.latency_model == MEASURE:
+        return _built(args) if args.resume and _built(args).is_file() else None
+    return Path(args.latency_model) if args.latency_model else None
+
+
+def _built(args: Namespace) -> Path:
+    return Path(args.output) / FILE
+
+
+def _of_model(model: LatencyModel, name: str) -> Any:
+    return getattr(model, name) if name in ('batch', 'precision') else model.backend.get(name)
+
+
+def _elsewhere(target: Target, args: Namespace) -> str:
+    """Why this machine is not that of the latency model."""
+    theirs = target.model.backend.get('device', 'an unknown device')
+    if target.backend not in BACKEND_NAMES:
+        return f"{CANNOT} '{target.backend}', by which the latency model was made on {theirs}"
+    try:
+        check_backend(target.backend, target.precision, args.device)
+        ours = describe(target.backend, target.precision, args.device)['device']
+    except (UsageError, RunnerError) as e:
+        return f'{CANNOT} {target.backend}, by which the latency model was made on {theirs}: {e}'
+    return '' if ours == theirs else f'the latency model was made on {theirs}, and this is {ours}'
+
+
+def needs_measuring(args: Namespace) -> bool:
+    """Whether a latency model is still to be made."""
+    return args.latency_model == MEASURE and _file(args) is None
+
+
+def build_target(args: Namespace, target: Target, space: WidthSpace, rule: str) -> Target:
+    """Makes the latency model that --latency-model measure asks for, in --output, and checks that it can serve."""
+    if is_primary(args):
+        from .latency.build import Device, build_latency_model
+        from .latency.bundle import Order
+
+        size = space.input_size
+        if size[1] != size[2]:
+            raise UsageError(f'--latency-model {MEASURE} measures square images, not {size}')
+        half = target.precision == 'fp16' and target.backend not in TORCH
+        arguments = {k: v for k, v in model_arguments(args).items() if k not in ('checkpoint_path', 'pretrained_cfg_overlay')}
+        order = Order(args.model, rule, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se, size[1],
+                      target.batch, 'float16' if half else 'float32', args.num_classes, None, arguments, args.seed)
+        device = Device(target.backend, target.precision, target.threads, target.device)
+        say(args, f'measuring latency: {target.backend}, {target.precision}, batch {target.batch}, '
+                  f'at most {args.latency_samples} networks')
+        fit = build_latency_model(order, device, args.latency_samples, Path(args.output) / 'search' / 'latency',
+                                  lambda text: say(args, text))
+        fit.model.save(_built(args))
+    wait_for_all(args)
+    return replace(target, model=LatencyModel.load(_built(args)))
