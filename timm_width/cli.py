@@ -6,9 +6,12 @@ from typing import Optional
 
 from . import __version__
 from .budget import BudgetError
+from .cost import CostError
 from .data import UsageError
+from .latency.model import LatencyError
 from .latency.runner.errors import RunnerError
 from .policies import PolicyError
+from .solve import SolveError
 from .space import WidthError, nearest
 from .trace import TraceError
 
@@ -19,7 +22,7 @@ COMMANDS = {  # name -> what --help says; the module of that name has main(argv)
     'train': 'train a timm model, plain or searched',
     'export': 'write a saved model as an ONNX file, checked against torch',
 }
-ERRORS = (UsageError, RunnerError, PolicyError, BudgetError, WidthError, TraceError)
+ERRORS = (UsageError, RunnerError, LatencyError, PolicyError, BudgetError, CostError, SolveError, WidthError, TraceError)
 USAGE = 'usage: timm-width COMMAND ...\n\n' + '\n'.join(f'  {name:<8} {text}' for name, text in COMMANDS.items()) + (
     '\n\n  timm-width COMMAND --help lists the flags of a command\n  timm-width --version')
 

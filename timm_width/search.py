@@ -45,8 +45,8 @@ from .target import Target, add_target_arguments, build_target, find_target, nee
 __all__ = ['main', 'parse', 'search']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
-                 'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None), 'latency_threads': (1, None),
-                 'latency_samples': (20, None)}
+                 'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
+                 'latency_threads': (1, None), 'latency_samples': (20, None)}
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
                    'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}

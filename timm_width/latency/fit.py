@@ -105,10 +105,11 @@ def fit_results(
     held = [manifest.configurations[row['index']].widths for row in valid]
     predicted = predict(tables, held)
     validation = validate(predicted, measured)
-    about = {'kind': 'pairwise', 'networks': len(train), 'unknowns': unknowns.count, 'statistic': statistic,
-             'smoothness': smoothness, 'prior': prior, 'seconds': round(seconds, 3), 'spread': median(row['spread'] for row in train), 'notes': notes,
-             'loop': results.header['loop'], 'host': results.header['host'], 'versions': {
-                 **manifest.data.get('versions', {}), 'timm_width': __version__}}
+    about = {
+        'kind': 'pairwise', 'networks': len(train), 'unknowns': unknowns.count, 'statistic': statistic, 'smoothness': smoothness,
+        'prior': prior, 'seconds': round(seconds, 3), 'spread': median(row['spread'] for row in train), 'notes': notes,
+        'loop': results.header['loop'], 'host': results.header['host'],
+        'versions': {**manifest.data.get('versions', {}), 'timm_width': __version__}}
     model = LatencyModel(
         space.architecture.removesuffix(SUFFIX), tuple(space.input_size), space_fingerprint(space), manifest.batch,
         results.header['precision'], results.header['backend'], tables, validation, about)
