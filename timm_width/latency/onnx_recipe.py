@@ -273,7 +273,8 @@ class _Finder:
         whole |= {f for s in space.sites for f in s.factors if not isinstance(f, int)} | {b.axis for b in space.bindings}
         self.axes = sorted({self.pieces(a) for a in whole} - {None})
         parts = {a[:n] for a in self.axes for n in range(1, len(a))} | {(p,) for a in self.axes for p in a}
-        self.lengths = {a: self.length(a) for a in (*self.axes, *sorted(p for p in parts if p != ((0, 0),)))}
+        parts = {a for a in parts if any(g for g, _ in a)}
+        self.lengths = {a: self.length(a) for a in dict.fromkeys((*self.axes, *sorted(parts)))}
         self.used: dict[Axis, int] = {}
         self.tensors: dict[str, list] = {}
         self.numbers: list[list] = []
@@ -313,7 +314,7 @@ class _Finder:
             if name not in readers:
                 continue
             others = [p.array(name) for p in self.probes]
-            if all(o.ndim != array.ndim or o.dtype != array.dtype for o in others):
+            if any(o.ndim != array.ndim or o.dtype != array.dtype for o in others):
                 raise RecipeError(f"'{name}' has another form at other widths")
             same = all(o.shape == array.shape for o in others)
             if same and all(o.tobytes() == array.tobytes() for o in others):
