@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import timm
 import torch
 from timm.data import resolve_data_config
 from timm.utils import random_seed
@@ -152,8 +151,8 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
         read_manifest(folder)  # as the target will
     total = sum(f.stat().st_size for f in out.rglob('*.onnx'))
     how = f'exported one by one ({why})' if why else 'cut from one file'
-    return (f"{out}: {space.architecture}, {len(configurations)} configurations of {len(grid)} groups, {how}, {total / 1e6:.1f} MB, "
-            f"{order.precision}, input {'x'.join(map(str, (order.batch, *size)))}\n"
+    return (f'{out}: {space.architecture}, {len(configurations)} configurations of {len(grid)} groups, {how}, '
+            f"{total / 1e6:.1f} MB, {order.precision}, input {'x'.join(map(str, (order.batch, *size)))}\n"
             f'copy it to the target, and there: python {out.name}/run.py --backend onnxruntime')
 
 
@@ -180,8 +179,8 @@ def _write_networks(
     except RecipeError as e:
         why = str(e)
     if len(configurations) > order.max_files:
-        raise UsageError(f'{space.architecture} cannot be cut from one ONNX file ({why}), and its {len(configurations)} configurations '
-                         f'would be exported one by one, seconds each: give --samples {order.max_files} or fewer, or more --max-files')
+        raise UsageError(f'{space.architecture} cannot be cut from one ONNX file ({why}), and {len(configurations)} configurations '
+                         f'would be exported one by one, in seconds each: give --samples {order.max_files} or a larger --max-files')
     (folder / 'networks').mkdir()
     files = []
     for i, (_, widths) in enumerate(configurations):
@@ -205,6 +204,8 @@ def _check(order: Order, out: Path, overwrite: bool) -> None:
     check_output(out, overwrite, order.model, '--out')
     if out.is_dir() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
         raise UsageError(f"--out '{out}' is not a bundle, and is not replaced: give another folder")
+    if measured := sorted(out.glob('*.jsonl')):
+        raise UsageError(f"--out '{out}' holds measurements ({measured[0].name}), which would be lost: give another folder")
     try:
         json.dumps(dict(order.model_args))
     except (TypeError, ValueError):
@@ -227,6 +228,11 @@ def _beside(out: Path) -> Iterator[Path]:
             yield new
             if out.exists():
                 os.replace(out, old)
-            os.replace(new, out)
+            try:
+                os.replace(new, out)
+            except OSError:
+                if old.exists():
+                    os.replace(old, out)
+                raise
     except OSError as e:
         raise UsageError(f"--out '{out}' cannot be written: {first_line(e)}") from e

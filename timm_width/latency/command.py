@@ -20,8 +20,9 @@ EXPORT = """Writes a folder that measures the latency of a network at many width
 
     timm-width latency export mobilenetv1_100 --grid aows --samples 8000 --batch 64 --fp16 --out bundle
 
-Copy the folder there: `python bundle/run.py --backend tensorrt` needs Python 3.10, numpy, onnx and one of onnxruntime, tensorrt or the
-program trtexec, and nothing else; it can be stopped and goes on where it was. The weights are random: latency does not depend on them.
+Copy the folder there: `python bundle/run.py --backend tensorrt` needs Python 3.10, numpy, onnx and one of onnxruntime, tensorrt or
+the program trtexec, and nothing else; it can be stopped and goes on where it was. The weights are random: latency does not depend
+on them.
 """
 
 

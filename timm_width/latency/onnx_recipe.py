@@ -4,7 +4,8 @@ The file is exported at the largest widths. Initializers that hold a parameter h
 convolution before them: the weight keeps its name, the new bias is called after it). What else depends on widths is found by
 *probing*: fresh exports of the resized model are compared with the file, and whatever differs - another initializer, an element of
 an integer constant, an attribute - must be the length (or the first part) of one axis of the width space, or a multiple of it, in
-all of them. At the end the sliced file must equal each fresh export: every node, attribute and constant, and every weight bit for bit.
+all of them. At the end the sliced file must equal each fresh export: every node, attribute and constant, and every weight bit for
+bit.
 """
 import copy
 import itertools
@@ -50,7 +51,8 @@ def settle(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.is_floating_point():
-            p += (0.01 if p.ndim > 1 else 0.1) * torch.randn(p.shape, generator=generator) * (p.std() if p.ndim > 1 and p.any() else 1)
+            scale = 0.1 if p.ndim < 2 else 0.01 * p.std() if p.any() else 0.01
+            p += scale * torch.randn(p.shape, generator=generator)
     norms = [m for m in model.modules() if getattr(m, 'running_var', None) is not None]
     momenta = [m.momentum for m in norms]
     for m in norms:
@@ -188,7 +190,7 @@ def verify(file: bytes, recipe: Mapping[str, Any], widths: Mapping[str, int], fr
             raise RecipeError(f"'{name}' sliced is not what a fresh export has ({_told(a)} and {_told(b)})")
     for i, (a, b) in enumerate(zip(sliced.nodes, expected.nodes)):
         if _attributes(a) != _attributes(b):
-            raise RecipeError(f'node {i}, {a.op_type}: sliced, its attributes are {_attributes(a)}, freshly exported {_attributes(b)}')
+            raise RecipeError(f'operation {i}, {a.op_type}, has {_attributes(a)} where a fresh export has {_attributes(b)}')
 
 
 def _probe_width(group: Any, widths: Sequence[int], count: int, rng: np.random.Generator) -> int:

@@ -92,7 +92,7 @@ class Manifest:
         except OSError as e:
             raise RunnerError(f"'{path}' cannot be read: {e.strerror or e}") from None
         if hashlib.sha256(found).hexdigest() != entry['sha256']:
-            raise RunnerError(f"'{path}' ({len(found)} bytes) is not the file of this bundle, or not all of it: copy the bundle again")
+            raise RunnerError(f"'{path}' ({len(found)} bytes) is not that of this bundle, or not all of it: copy the bundle again")
         shape = [d.dim_value for d in load_proto(found).graph.input[0].type.tensor_type.shape.dim]
         if shape != [self.batch, *self.data['input_size']]:
             raise RunnerError(f"'{path}' takes images of {shape}, and {NAME} says {[self.batch, *self.data['input_size']]}")
@@ -144,8 +144,8 @@ def _check(data: Any) -> tuple[Configuration, ...]:
     if not isinstance(data, dict):
         raise RunnerError('it must be a JSON object')
     if data.get('format') != FORMAT:
-        raise RunnerError(f"its format is {str(data.get('format'))[:20]!r}, and this program reads {FORMAT}: make bundle and program "
-                          'by the same version of timm_width')
+        raise RunnerError(f"its format is {str(data.get('format'))[:20]!r}, and this program reads {FORMAT}: they must come from the "
+                          'same version of timm_width')
     wanted = ('architecture', 'input_size', 'batch', 'precision', 'grid', 'space', 'configurations', 'files', 'recipe')
     if missing := [k for k in wanted if k not in data]:
         raise RunnerError(f"it lacks {', '.join(missing)}")
@@ -176,7 +176,7 @@ def _check(data: Any) -> tuple[Configuration, ...]:
         configurations.append(Configuration(row['use'], dict(zip(grid, widths))))
     files, sliced = data['files'], data['recipe'] is not None
     if not isinstance(files, list) or len(files) != (1 if sliced else len(rows)) or not all(map(_entry, files)):
-        raise RunnerError('files must name one ONNX file, or without a recipe one per configuration, in this folder, with its sha256')
+        raise RunnerError('files must name one ONNX file, or without a recipe one per configuration, and its sha256')
     return tuple(configurations)
 
 

@@ -7,9 +7,10 @@ The first line is the header: what was measured and on what.
 
 Every other line is one of
 
-    {"index": i, "use": "train", "ms": per image, "batch_ms": ..., and the rest of `Timing.to_json`}    configuration i, measured
-    {"index": i, "use": "train", "error": "why"}                                                 it failed, and will not be tried again
-    {"reference": n, "ms": ..., "batch_ms": ..., ...}    configuration 0 again, when n were done: how much the machine drifts
+    {"index": i, "use": "train", "ms": per image, "batch_ms": ..., and the rest of `Timing.to_json`}
+                                                         configuration i, measured
+    {"index": i, "use": "train", "error": "why"}         it failed, and will not be tried again
+    {"reference": n, "ms": ..., "batch_ms": ..., ...}    configuration 0 again, when n were done: shows how much the machine drifts
     {"retry": i}                                         a run that was killed goes on with configuration i
     {"stopped": i}                                       a run was ended by hand at configuration i
 
@@ -74,8 +75,8 @@ def scan_results(path: Path, manifest: Optional[Manifest] = None) -> Results:
     """Reads and checks all of a results file.
 
     Raises:
-        RunnerError: It cannot be read, is of another bundle, or a line is not what it may be: no time, or one that is not finite and
-            positive, a configuration twice or one that there is not.
+        RunnerError: It cannot be read, is of another bundle, or a line is not what it may be: no time, or one that is not finite
+            and positive, a configuration twice or one that there is not.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -107,12 +108,13 @@ def _header(header: Any, path: Path, manifest: Optional[Manifest]) -> dict[str, 
     for key in ('configurations', 'batch'):
         if type(header.get(key)) is not int or header[key] < 1:
             raise RunnerError(f"'{path}': {key} must be a whole number of at least 1")
-    for key, kind in (('manifest', str), ('precision', str), ('architecture', str), ('backend', dict), ('host', dict), ('loop', dict)):
+    kinds = {'manifest': str, 'precision': str, 'architecture': str, 'backend': dict, 'host': dict, 'loop': dict}
+    for key, kind in kinds.items():
         if not isinstance(header.get(key), kind):
             raise RunnerError(f"'{path}': the header has no right {key}")
     if manifest is not None and header['manifest'] != manifest.fingerprint:
-        raise RunnerError(f"'{path}' has the results of another bundle ({header['architecture'][:60]}, {header['manifest'][:40]}, and "
-                          f"not {manifest.data['architecture']}, {manifest.fingerprint})")
+        raise RunnerError(f"'{path}' has the results of another bundle: {header['architecture'][:60]}, {header['manifest'][:40]}, "
+                          f"and not {manifest.data['architecture']}, {manifest.fingerprint}")
     if manifest is not None and (header['configurations'], header['batch']) != (len(manifest.configurations), manifest.batch):
         raise RunnerError(f"'{path}' does not have the batch or the number of configurations of its bundle")
     return header
