@@ -32,7 +32,8 @@ from ..grids import make_grid, squeezes
 from ..resize import resize
 from ..space import WidthSpace
 from ..trace import trace
-from .onnx_recipe import RecipeError, export_bytes, find_recipe, settle
+from .onnx_graph import RecipeError, export_bytes, settle
+from .onnx_recipe import find_recipe
 from .runner.manifest import FORMAT, read_manifest
 
 __all__ = ['Order', 'draw_uniform', 'export_bundle']

@@ -9,119 +9,25 @@ bit.
 """
 import copy
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
-from timm.utils.model import reparameterize_model
 from torch import nn
 
-from ..data import UsageError
-from ..onnx_file import MAX_BYTES, halve, write_onnx
 from ..resize import resize
 from ..space import Axis, WidthSpace
-from .runner.onnx_widths import SlicedModel, load_proto
+from .onnx_graph import Graph, RecipeError, attributes, export_bytes
+from .runner.onnx_widths import SlicedModel, counts
 
-__all__ = ['RecipeError', 'export_bytes', 'find_recipe', 'settle', 'verify']
+__all__ = ['find_recipe', 'verify']
 
 MAX_PROBES = 5
 FIXED = ''  # the group of all channels that no width governs
 Grid = Mapping[str, Sequence[int]]
-
-
-class RecipeError(UsageError):
-    """A network whose ONNX file does not follow its widths by slicing."""
-
-
-# -- the model ---------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def settle(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
-    """Gives a freshly initialised model values that are as different as trained ones, in place.
-
-    The exporter merges equal tensors (all the biases of zero, say), which then cannot be cut differently. Batch norms get the
-    statistics of the images, so that activations have a common size: they would leave float16 in a deep network.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.is_floating_point():
-            scale = 0.1 if p.ndim < 2 else 0.01 * p.std() if p.any() else 0.01
-            p += scale * torch.randn(p.shape, generator=generator)
-    norms = [m for m in model.modules() if getattr(m, 'running_var', None) is not None]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 1.0
-    model.eval()
-    for m in norms:
-        m.train()
-    if norms:
-        model(images if len(images) > 1 else torch.cat([images, images.flip(-1)]))
-    for m, momentum in zip(norms, momenta):
-        m.momentum = momentum
-        m.running_var.clamp_(min=1e-3)
-    return model.eval()
-
-
-def export_bytes(model: nn.Module, images: torch.Tensor, precision: str = 'float32') -> bytes:
-    """The ONNX file of a model in its deployed form, without what only tells where it comes from.
-
-    Args:
-        model: In evaluation mode; it is not changed.
-        images: Example images (N, C, H, W).
-        precision: 'float32', or 'float16' for what `onnx_file.halve` makes of it.
-
-    Raises:
-        UsageError: torch cannot export it, or it is larger than an ONNX file may be.
-    """
-    size = sum(t.nbytes for t in model.state_dict().values())
-    if size > MAX_BYTES:
-        raise UsageError(f'the weights at the largest widths take {size / 1e9:.1f} GB, more than an ONNX file holds (2 GB): '
-                         'give a lower --width-max')
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / 'half').mkdir()
-        file = folder / 'model.onnx'
-        write_onnx(reparameterize_model(model), images, file)
-        if precision == 'float16':
-            file = halve(file, folder / 'half' / 'model.onnx', images.numpy())
-        return _clean(load_proto(file)).SerializeToString()
-
-
-def _clean(proto: Any) -> Any:
-    """Drops what does not matter or would be stale at other widths, and gives each reader of integers a copy of its own."""
-    from onnx import TensorProto
-
-    graph = proto.graph
-    del graph.value_info[:]
-    del proto.metadata_props[:]
-    constants = [n for n in graph.node if n.op_type == 'Constant' and len(n.attribute) == 1 and n.attribute[0].name == 'value']
-    for node in constants:
-        graph.initializer.append(node.attribute[0].t)
-        graph.initializer[-1].name = node.output[0]
-        graph.node.remove(node)
-    integers = {t.name: t for t in graph.initializer if t.data_type in (TensorProto.INT64, TensorProto.INT32)}
-    read: set[str] = set()
-    taken = {t.name for t in graph.initializer}
-    for node in graph.node:
-        node.doc_string = ''
-        del node.metadata_props[:]
-        for k, name in enumerate(node.input):
-            if name in integers and name in read:
-                new = next(f'{name}_{i}' for i in itertools.count(1) if f'{name}_{i}' not in taken)
-                taken.add(new)
-                graph.initializer.append(integers[name])
-                graph.initializer[-1].name = node.input[k] = new
-            read.add(name)
-    return proto
-
-
-# -- the recipe --------------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(
@@ -153,7 +59,7 @@ def find_recipe(
     if wrong:
         raise RecipeError(f"'{wrong[0]}' is not free at the largest widths of the grid")
     file = export_bytes(model, images, precision)
-    base = _Graph(file)
+    base = Graph(file)
     rng = np.random.default_rng(seed)
     probes: list[_Probe] = []
     for count in range(MAX_PROBES):
@@ -161,7 +67,7 @@ def find_recipe(
         if count and widths == probes[-1].widths:
             break  # a grid of one width each
         resized = resize(copy.deepcopy(model), space, widths)
-        probes.append(_Probe(widths, space.steps(widths), _Graph(export_bytes(resized, images, precision))))
+        probes.append(_Probe(widths, space.steps(widths), Graph(export_bytes(resized, images, precision))))
         probes[-1].pair(base)
         if count == 0:
             continue
@@ -182,15 +88,15 @@ def verify(file: bytes, recipe: Mapping[str, Any], widths: Mapping[str, int], fr
     Raises:
         RecipeError: It is not: with the first difference.
     """
-    sliced, expected = _Graph(SlicedModel(file, recipe).at(widths)), _Graph(fresh)
+    sliced, expected = Graph(SlicedModel(file, recipe).at(widths)), Graph(fresh)
     names = sliced.match(expected)
     for name, other in names.items():
         a, b = sliced.arrays[name], expected.arrays[other]
         if a.shape != b.shape or a.dtype != b.dtype or a.tobytes() != b.tobytes():
             raise RecipeError(f"'{name}' sliced is not what a fresh export has ({_told(a)} and {_told(b)})")
     for i, (a, b) in enumerate(zip(sliced.nodes, expected.nodes)):
-        if _attributes(a) != _attributes(b):
-            raise RecipeError(f'operation {i}, {a.op_type}, has {_attributes(a)} where a fresh export has {_attributes(b)}')
+        if attributes(a) != attributes(b):
+            raise RecipeError(f'operation {i}, {a.op_type}, has {attributes(a)} where a fresh export has {attributes(b)}')
 
 
 def _probe_width(group: Any, widths: Sequence[int], count: int, rng: np.random.Generator) -> int:
@@ -211,51 +117,15 @@ def _named_axes(model: nn.Module, space: WidthSpace) -> dict[str, tuple]:
     return out
 
 
-class _Graph:
-    """An ONNX file, opened for comparison."""
-
-    def __init__(self, file: bytes):
-        from onnx import numpy_helper
-
-        proto = load_proto(file)
-        self.file = file
-        self.nodes = list(proto.graph.node)
-        self.arrays = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
-        self.inputs, self.outputs = ([v.name for v in values] for values in (proto.graph.input, proto.graph.output))
-        self.shapes = [v.type.SerializeToString() for v in (*proto.graph.input, *proto.graph.output)]
-
-    def match(self, other: '_Graph') -> dict[str, str]:
-        """Pairs the initializers of two files of the same nodes and connections.
-
-        Raises:
-            RecipeError: They have other nodes or connections.
-        """
-        if len(self.nodes) != len(other.nodes):
-            raise RecipeError(f'the graph has {len(self.nodes)} operations, and {len(other.nodes)} at other widths')
-        if self.shapes != other.shapes:
-            raise RecipeError('inputs or outputs have other shapes at other widths')
-        names: dict[str, str] = dict(zip(self.inputs, other.inputs))
-        for i, (a, b) in enumerate(zip(self.nodes, other.nodes)):
-            if (a.op_type, a.domain, len(a.input), len(a.output)) != (b.op_type, b.domain, len(b.input), len(b.output)):
-                raise RecipeError(f'operation {i} is {a.op_type}, and {b.op_type} at other widths')
-            for x, y in zip(a.input, b.input):
-                if names.setdefault(x, y) != y or (x in self.arrays) != (y in other.arrays):
-                    raise RecipeError(f'operation {i}, {a.op_type}, reads other values at other widths')
-            names.update(zip(a.output, b.output))
-        if [names.get(x) for x in self.outputs] != other.outputs:
-            raise RecipeError('the output is another value at other widths')
-        return {x: names[x] for x in self.arrays if x in names}
-
-
 @dataclass
 class _Probe:
     """A fresh export at other widths."""
     widths: Mapping[str, int]
     steps: np.ndarray
-    graph: _Graph
+    graph: Graph
     names: dict[str, str] = field(default_factory=dict)  # initializer of the base -> of this one
 
-    def pair(self, base: _Graph) -> None:
+    def pair(self, base: Graph) -> None:
         self.names = base.match(self.graph)
 
     def array(self, name: str) -> np.ndarray:
@@ -265,7 +135,7 @@ class _Probe:
 class _Finder:
     """Explains all differences between a file and its probes by axes of the space."""
 
-    def __init__(self, space: WidthSpace, grid: Grid, base: _Graph, probes: Sequence[_Probe], named: Mapping[str, tuple]):
+    def __init__(self, space: WidthSpace, grid: Grid, base: Graph, probes: Sequence[_Probe], named: Mapping[str, tuple]):
         self.space, self.base, self.probes = space, base, probes
         free = [name for name in grid if len(grid[name]) > 1]
         self.index = {space.index[name]: i + 1 for i, name in enumerate(free)}
@@ -279,6 +149,7 @@ class _Finder:
         self.lengths = {a: self.length(a) for a in dict.fromkeys((*self.axes, *sorted(parts)))}
         self.used: dict[Axis, int] = {}
         self.tensors: dict[str, list] = {}
+        self.counting: list[str] = []
         self.numbers: list[list] = []
         self.attributes: list[list] = []
         self.find_tensors(named)
@@ -287,7 +158,7 @@ class _Finder:
     @property
     def recipe(self) -> dict[str, Any]:
         return {'groups': self.groups, 'axes': [[list(p) for p in a] for a in self.used], 'tensors': self.tensors,
-                'numbers': self.numbers, 'attributes': self.attributes}
+                'counting': self.counting, 'numbers': self.numbers, 'attributes': self.attributes}
 
     def pieces(self, axis: Axis) -> Optional[Axis]:
         """The axis on the recipe's groups, what is fixed in one piece; None where all is."""
@@ -328,6 +199,8 @@ class _Finder:
             else:
                 axes = self.find_axes(name, array, others, named.get(name))
                 self.tensors[name] = [self.use(a) for a in axes]
+                if all(map(counts, (array, *others))):
+                    self.counting.append(name)
 
     def find_axes(self, name: str, array: np.ndarray, others: Sequence[np.ndarray], named: Optional[tuple]) -> tuple:
         lengths = list(zip(array.shape, *(o.shape for o in others)))
@@ -346,6 +219,8 @@ class _Finder:
         return found[0]
 
     def fits(self, axes: Sequence[Optional[Axis]], array: np.ndarray, others: Sequence[np.ndarray]) -> bool:
+        if all(map(counts, (array, *others))):  # the values say nothing about the axes
+            return True
         return all(self.cut(array, axes, probe.steps).tobytes() == other.tobytes() for probe, other in zip(self.probes, others))
 
     def cut(self, array: np.ndarray, axes: Sequence[Optional[Axis]], steps: np.ndarray) -> np.ndarray:
@@ -370,7 +245,7 @@ class _Finder:
 
     def find_attributes(self) -> None:
         for i, node in enumerate(self.base.nodes):
-            found = [_attributes(n) for n in (node, *(p.graph.nodes[i] for p in self.probes))]
+            found = [attributes(n) for n in (node, *(p.graph.nodes[i] for p in self.probes))]
             for key in found[0]:
                 values = [f.get(key) for f in found]
                 if all(v == values[0] for v in values):
@@ -405,18 +280,6 @@ class _Finder:
             ratio = Fraction(values[0], lengths[0])
             if ratio > 0 and all(n * ratio == v for n, v in zip(lengths, values)):
                 yield axis, ratio.numerator, ratio.denominator
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    """Name -> int, list, float, string, or the bytes of what else it is."""
-    from onnx import helper
-
-    out = {}
-    for a in node.attribute:
-        value = helper.get_attribute_value(a)
-        out[a.name] = list(value) if a.type in (a.INTS, a.FLOATS, a.STRINGS) else value if isinstance(
-            value, (int, float, bytes)) else a.SerializeToString()
-    return out
 
 
 def _told(array: np.ndarray) -> str:

@@ -144,8 +144,8 @@ def _check(data: Any) -> tuple[Configuration, ...]:
     if not isinstance(data, dict):
         raise RunnerError('it must be a JSON object')
     if data.get('format') != FORMAT:
-        raise RunnerError(f"its format is {str(data.get('format'))[:20]!r}, and this program reads {FORMAT}: they must come from the "
-                          'same version of timm_width')
+        raise RunnerError(f"its format is {str(data.get('format'))[:20]!r}, and this program reads {FORMAT}: they must be "
+                          'of the same version of timm_width')
     wanted = ('architecture', 'input_size', 'batch', 'precision', 'grid', 'space', 'configurations', 'files', 'recipe')
     if missing := [k for k in wanted if k not in data]:
         raise RunnerError(f"it lacks {', '.join(missing)}")

@@ -6,6 +6,7 @@ A *recipe* (JSON, written by `timm_width.latency.onnx_recipe`) says what depends
     axes      [[[group, channels per step], ...], ...]    a dimension is the concatenation of its pieces; the first steps of each
                                                  piece are kept (groups are indices, as axes are below)
     tensors   {initializer: [axis or null, ...]}          one entry per dimension
+    counting  [initializer]                      of these tensors, those that hold 0, 1, 2, ... at any widths (they are indices)
     numbers   [[node, input, position, axis, mul, div]]   the integer initializer that only this node reads there: its element
                                                  `position` is length(axis) * mul // div
     attributes [[node, name, position, axis, mul, div]]   the same of an integer attribute (position null) or of a list of them
@@ -21,7 +22,7 @@ import numpy as np
 
 from .errors import RunnerError
 
-__all__ = ['SlicedModel', 'load_proto']
+__all__ = ['SlicedModel', 'counts', 'load_proto']
 
 # field numbers of onnx.proto
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW = 7, 5, 9
@@ -60,6 +61,7 @@ class SlicedModel:
         bare.ClearField('graph')
         self._model = bare.SerializeToString()
         self._tensors = self._read_tensors(recipe, arrays)
+        self._counting = self._read_counting(recipe, arrays)
         self._numbers = self._read_numbers(recipe, arrays)
         self._attributes = self._read_attributes(recipe)
         varying = {*self._tensors, *(name for name, *_ in self._numbers)}
@@ -94,6 +96,8 @@ class SlicedModel:
             for d, axis in enumerate(axes):
                 if axis is not None and lengths[axis] != array.shape[d]:
                     array = self._cut(array, d, axis, steps)
+            if name in self._counting:
+                array = np.arange(array.size, dtype=array.dtype).reshape(array.shape)
             parts += self._field(name, array)
         numbers = {name: self._arrays[name].copy() for name, *_ in self._numbers}
         for name, at, axis, mul, div in self._numbers:
@@ -153,6 +157,12 @@ class SlicedModel:
             tensors[name] = tuple(axes)
         return tensors
 
+    def _read_counting(self, recipe: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> set[str]:
+        names = recipe.get('counting')
+        if not isinstance(names, list) or not all(isinstance(n, str) and n in self._tensors and counts(arrays[n]) for n in names):
+            raise RunnerError("'counting' of the recipe must list tensors of the recipe that hold 0, 1, 2, ...")
+        return set(names)
+
     def _read_numbers(self, recipe: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[tuple]:
         numbers = []
         for row in _rows(recipe, 'numbers', 6):
@@ -198,6 +208,11 @@ class SlicedModel:
         if type(index) is not int or not 0 <= index < len(self._graph.node):
             raise RunnerError(f'the ONNX file has no node {str(index)[:40]}')
         return self._graph.node[index]
+
+
+def counts(array: np.ndarray) -> bool:
+    """Whether an array holds 0, 1, 2, ... in order."""
+    return array.dtype in (np.int64, np.int32) and np.array_equal(array.reshape(-1), np.arange(array.size))
 
 
 def load_proto(model: Union[bytes, str, Path]) -> Any:
