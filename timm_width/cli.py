@@ -21,7 +21,9 @@ COMMANDS = {  # name -> what --help says; the module of that name has main(argv)
     'search': 'find the widths of a timm model for a budget, train the result',
     'train': 'train a timm model, plain or searched',
     'export': 'write a saved model as an ONNX file, checked against torch',
+    'latency': 'measure a network at many widths, here or on another machine',
 }
+MODULES = {'latency': 'latency.command'}  # of commands that are called otherwise
 ERRORS = (UsageError, RunnerError, LatencyError, PolicyError, BudgetError, CostError, SolveError, WidthError, TraceError)
 USAGE = 'usage: timm-width COMMAND ...\n\n' + '\n'.join(f'  {name:<8} {text}' for name, text in COMMANDS.items()) + (
     '\n\n  timm-width COMMAND --help lists the flags of a command\n  timm-width --version')
@@ -45,7 +47,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"timm-width: {what}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        import_module(f'{__package__}.{command}').main(rest)
+        import_module(f'{__package__}.{MODULES.get(command, command)}').main(rest)
     except ERRORS as e:
         print(f'timm-width {command}: {e}', file=sys.stderr)
         return 2

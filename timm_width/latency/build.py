@@ -1,21 +1,25 @@
 """Makes a latency model on this machine: writes a bundle, measures it and fits, in stages, until more would not help."""
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+import timm
 from torch import nn
 
+from .. import __version__
 from ..data import UsageError
 from ..engine import create
 from ..resize import resize
 from ..space import WidthSpace
-from .bundle import Order, export_bundle
+from .blocks import block_tables, find_blocks
+from .bundle import Order, export_bundle, make_network
 from .fit import Fit, fit_results, space_of
-from .measure import TORCH, describe, measure
-from .model import predict, validate
+from .measure import TORCH, Measurement, describe, measure
+from .model import SUFFIX, LatencyModel, predict, space_fingerprint, validate
 from .runner.backends import open_backend
 from .runner.main import measure_bundle
 from .runner.manifest import Manifest, read_manifest
@@ -23,11 +27,12 @@ from .runner.results import scan_results
 from .runner.timing import Timing
 from .sampling import networks_to_time
 
-__all__ = ['Device', 'build_latency_model']
+__all__ = ['BLOCK_SAMPLES', 'Device', 'build_block_model', 'build_latency_model']
 
 FIRST = 400  # networks of the first stage; each stage has twice as many
 BETTER = 0.95  # a stage that leaves more of the validation error than this was the last
 SECONDS = 0.01  # of a sample: thousands of networks are measured
+BLOCK_SAMPLES = 20  # whole networks on which tables of blocks are validated
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,40 @@ def build_latency_model(
         if count >= samples:
             return fit
         best, count = fit, min(2 * count, samples)
+
+
+def build_block_model(order: Order, device: Device, patterns: Sequence[str], samples: int = BLOCK_SAMPLES) -> Fit:
+    """Measures each block of a network alone at each of its widths (see `blocks`), and whole networks to see how well that adds up.
+
+    Args:
+        order: The network and its grid.
+        device: What to time by.
+        patterns: Names of modules; by default all residual blocks.
+        samples: How many whole networks to measure.
+
+    Raises:
+        UsageError, CostError: As `blocks.find_blocks`.
+        RunnerError: The backend is not there, or cannot run the networks.
+    """
+    problem = make_network(order)
+    blocks = find_blocks(problem.space, problem.grid, patterns)
+
+    def time(module: nn.Module, size: tuple[int, ...]) -> Measurement:
+        return measure(module, size, device.backend, device.precision, order.batch, device.device, threads=device.threads)
+
+    tables = block_tables(problem.model, problem.space, problem.grid, blocks, lambda module, size: time(module, size).ms)
+    rng = np.random.default_rng(order.seed)
+    networks = [{name: int(rng.choice(widths)) for name, widths in problem.grid.items()} for _ in range(samples)]
+    measured = [time(resize(copy.deepcopy(problem.model), problem.space, widths), problem.space.input_size) for widths in networks]
+    notes = [f'{n} of {samples} whole networks were disturbed by other load'] if (n := sum(m.disturbed for m in measured)) else []
+    ms, predicted = np.array([m.ms for m in measured]), predict(tables, networks)
+    cells = sum(t.size for t in (*tables.unary.values(), *tables.pairwise.values()))
+    about = {'kind': 'blocks', 'blocks': list(blocks), 'networks': cells, 'unknowns': cells, 'loop': dict(measured[0].loop),
+             'notes': notes, 'versions': {'timm_width': __version__, 'timm': timm.__version__}}
+    model = LatencyModel(problem.space.architecture.removesuffix(SUFFIX), tuple(problem.space.input_size),
+                         space_fingerprint(problem.space), order.batch, device.precision, dict(measured[0].backend), tables,
+                         validate(predicted, ms), about)
+    return Fit(model, networks, ms, predicted, notes)
 
 
 def _check_same(manifest: Manifest, order: Order, samples: int) -> None:

@@ -18,7 +18,7 @@ from .runner.manifest import Manifest
 from .runner.results import Results
 from .terms import Unknowns
 
-__all__ = ['Fit', 'fit_results', 'plot', 'space_of']
+__all__ = ['STATISTICS', 'Fit', 'fit_results', 'plot', 'space_of']
 
 STATISTICS = ('median', 'minimum', 'p20')  # of a network's samples
 LEAST = 10  # networks to fit to

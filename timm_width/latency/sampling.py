@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..factors import Factors, Grid
-from ..solve import Elimination
+from ..elimination import Elimination
 from ..space import WidthSpace
 from .terms import Unknowns
 
