@@ -9,7 +9,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 import timm_width
-from timm_width import cli, latency, output
+from timm_width import cli, latency, output, report
 from timm_width.data import UsageError
 from timm_width.latency import Measurement, measure, measure_many
 from timm_width.latency import measure as measure_function
@@ -204,6 +204,16 @@ def test_train_prints_the_base_beside_and_marks_what_was_disturbed(monkeypatch, 
     assert lines[0].startswith('latency (onnxruntime, fp32, batch 2, ') and describe_device('cpu')['device'] in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ['test_resnet_width', 'test_resnet'] and '100.0%' in lines[2]
     assert all('±' in line and 'disturbed' in line for line in lines[1:])
+
+
+def test_searchs_table_shows_the_spread_and_marks_what_was_disturbed(capsys):
+    rows = [{'network': n, 'budget': '', 'macs': 1e6, 'params': 1e6, 'latency_ms': ms, 'latency_spread': spread}
+            for n, ms, spread in (('base', 4., 0.1), ('found', 3.56, 0.02))]
+    report.print_table(rows, 'cpu')
+    assert '3.560 ±2%  89.0%' in (out := capsys.readouterr().out) and '*' not in out
+    rows[0]['latency_spread'] = 0.11
+    report.print_table(rows, 'cpu')
+    assert '4.000 ±11%* 100.0%' in (out := capsys.readouterr().out) and '(* was measured several times' in out
 
 
 @pytest.mark.slow

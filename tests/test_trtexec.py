@@ -133,7 +133,8 @@ END = '\n&&&& {} TensorRT.trtexec [TensorRT v8401] # trtexec\n'
     (BEGIN, 'its log ends before'), (BEGIN + LINE.format(0) + END.format('PASSED'), 'no measurement'), ('', None),
     (BEGIN + LINE.format(2) + END.format('FAILED'), 'does not say why'),
     (BEGIN + '[04/07/2022-19:40:17] [E] out of memory\n', 'out of memory'),
-    (BEGIN + '[04/07/2022-19:40:17] [V] GPU Compute Time: the GPU latency to execute the kernels\n' + END.format('PASSED'), 'printed no')])
+    (BEGIN + '[04/07/2022-19:40:17] [V] GPU Compute Time: the GPU latency to execute the kernels\n' + END.format('PASSED'), 'printed no'),
+    (BEGIN + LINE.format(2).replace('[I]', '[V]') + END.format('PASSED'), 'printed no')])
 def test_logs_that_say_nothing_useful(log, says):
     runs = parse_log(log)
     assert (says is None) == (not runs)
