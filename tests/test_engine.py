@@ -21,7 +21,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 import timm_width
-from timm_width import data, search
+from timm_width import data, search, target
 from timm_width.arguments import Parser, add_arguments
 from timm_width.budget import Budget
 from timm_width.engine import Training, batch_statistics, score, start_processes
@@ -460,7 +460,7 @@ def _searched(folder, out, *more):
         '--model', MODEL, '--data-dir', str(folder), '--policy', 'autoslim', '--baselines', 'base', 'random', '--random.samples', '1',
         '--grid', '0.25,1', '--fix', 'conv1*', '--budget', 'params=0.5x', '--epochs', '1', '--search-epochs', '1', '-b', '4', '-j', '0',
         '--autoslim.statistics', 'recalibrated', '--device', 'cpu', '--img-size', '32', *where, *more])
-    rows = search.search(args, found)
+    rows, _ = search.search(args, found)
     distributed.destroy_process_group()
     return [{k: v for k, v in row.items() if not k.startswith('latency')} for row in rows]
 
@@ -468,7 +468,7 @@ def _searched(folder, out, *more):
 def _of_several(rank, world, ports, folder, out):
     """One process of several; writes what the tests below read."""
     torch.set_num_threads(1)
-    search.measure_many = partial(search.measure_many, seconds=1e-4, attempts=1)
+    target.measure_many = partial(target.measure_many, seconds=1e-4, attempts=1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=ports[0])
     args = arguments()
     start_processes(args)

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import timm_width
-from timm_width import cli, data, engine, holdout, policies, problem, search
+from timm_width import cli, data, engine, holdout, policies, problem, search, target
 from timm_width.budget import Budget
 from timm_width.cost import Macs, Params
 from timm_width.grids import make_grid
@@ -72,7 +72,7 @@ def base_space(size=32, classes=3):
 def quick():
     """Times that are measured, but not for long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, 'measure_many', partial(search.measure_many, seconds=1e-4, attempts=1))
+        patch.setattr(target, 'measure_many', partial(target.measure_many, seconds=1e-4, attempts=1))
         yield
 
 
@@ -534,7 +534,7 @@ def test_policies_know_neither_timm_nor_the_engine_nor_one_another():
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         names |= {'.' * n.level + (n.module or '') for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not [n for n in names if n.split('.')[0] in ('timm', 'torchvision')]
-        assert {n for n in names if n.startswith('.')} <= {'.base', '..cost', '..space', '..supernet'}, path
+        assert {n for n in names if n.startswith('.')} <= {'.base', '..budget', '..cost', '..elimination', '..factors', '..solve', '..space', '..supernet'}, path
 
 
 def test_policies_are_found_without_entry_points(monkeypatch):
@@ -653,7 +653,7 @@ def test_mixup_is_refused_where_the_policy_needs_classes(image_folder, tmp_path,
     refused(slimming(image_folder, tmp_path / 'x', '--cutmix-minmax', '0.2', '0.8'), capsys, 'cannot be used with --policy autoslim')
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
-    monkeypatch.setattr(search, '_times', lambda problem, entries: [(1., 0.)] * len(entries))
+    monkeypatch.setattr(search, '_times', lambda problem, entries, target: [(1., 0.)] * len(entries))
     assert cli.main(slimming(image_folder, tmp_path / 'x', '--mixup', '0.2')) == 0
 
 
@@ -932,7 +932,7 @@ def test_only_the_first_of_several_processes_writes(image_folder, tmp_path, monk
 
     monkeypatch.setattr(search, 'start_processes', another)
     args, found = parsed(slimming(image_folder, tmp_path / 'x'))
-    table = search.search(args, found)
+    table, _ = search.search(args, found)
     assert [row['network'] for row in table] == ['base', 'uniform', 'found'] and not any(tmp_path.iterdir())
     assert SimpleNamespace(**table[0]).top1 > 0
 

@@ -41,8 +41,9 @@ from timm_width.grids import make_grid
 from timm_width.holdout import Holdout, Journal
 from timm_width.policies import load, read_options
 from timm_width.policies.base import Choice, Grid, Policy, Score, random_widths
-from timm_width.problem import Problem, learning_problem, make_problem
+from timm_width.problem import Problem, learning_problem, make_problem, set_budgets
 from timm_width.space import WidthSpace
+from timm_width.target import find_target
 from timm_width.trace import trace
 
 FILE = Path(__file__).resolve().parents[3] / 'shared' / 'oracle' / 'mobilenet_width_cifar10.json'
@@ -319,7 +320,7 @@ def main() -> None:
             '--grid', GRID, '--budget', *BUDGETS, *FLAGS, *rest]
     args, classes = search.parse(argv)
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    problem = make_problem(args, {'autoslim': GRID})['autoslim']
+    problem = set_budgets(make_problem(args, {'autoslim': GRID}), find_target(args))['autoslim']
     share = own.per_class / np.bincount(problem.targets).max()
     args.proxy = f'resolution={own.resolution},data={min(share, 1):g}'
     learning = learning_problem(problem)

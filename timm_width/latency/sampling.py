@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..factors import Factors, Grid
 from ..elimination import Elimination
+from ..factors import Factors, Grid
 from ..space import WidthSpace
 from .terms import Unknowns
 
