@@ -28,6 +28,28 @@ class TestAutoSlim(PolicyConformance):
     beats_random = False
 
 
+class TestGreedy(PolicyConformance):
+    policy = policies.load('greedy')
+    beats_random = False  # as AutoSlim
+
+
+class TestGreedyByRatio(PolicyConformance):
+    policy = policies.load('greedy')
+    options = {'score': 'ratio'}
+
+
+class TestOWS(PolicyConformance):
+    policy = policies.load('ows')
+    regret = None  # it asks for no scores
+
+
+class TestAOWS(PolicyConformance):
+    policy = policies.load('aows')
+    options = {'sampling': 'joint', 'seen': 2}
+    epochs = 3
+    regret = None  # it asks for no scores
+
+
 def readme_policy(folder: Path) -> Path:
     """The file that the README shows."""
     text = (Path(__file__).parents[1] / 'README.md').read_text()

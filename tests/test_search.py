@@ -534,13 +534,15 @@ def test_policies_know_neither_timm_nor_the_engine_nor_one_another():
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         names |= {'.' * n.level + (n.module or '') for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not [n for n in names if n.split('.')[0] in ('timm', 'torchvision')]
-        assert {n for n in names if n.startswith('.')} <= {'.base', '..budget', '..cost', '..elimination', '..factors', '..solve', '..space', '..supernet'}, path
+        assert {n for n in names if n.startswith('.')} <= {
+            '.base', '..budget', '..cost', '..elimination', '..factors', '..moving', '..solve', '..space', '..supernet'}, path
 
 
 def test_policies_are_found_without_entry_points(monkeypatch):
     monkeypatch.setattr(policies, 'entry_points', lambda **_: [])
-    assert {'autoslim', 'random', 'uniform'} <= set(policies.names()) and 'base' not in policies.names()
-    assert policies.load('uniform').__name__ == 'Uniform'
+    assert set(policies.names()) == {'aows', 'autoslim', 'greedy', 'ows', 'random', 'uniform'}
+    assert {name: policies.load(name).__name__ for name in ('uniform', 'greedy', 'ows', 'aows')} == {
+        'uniform': 'Uniform', 'greedy': 'Greedy', 'ows': 'OWS', 'aows': 'AOWS'}
 
 
 MINE = '''

@@ -103,7 +103,7 @@ class Elimination:
                 raise SolveError(
                     f"too many groups depend on one another: to eliminate '{self.names[i]}' takes a table over "
                     f'{len(beside[i]) + 1} groups of {cells(i):.3g} cells, and {max_cells:.3g} is the most; give a grid of fewer '
-                    'widths (--grid), fix groups (--fix), or solve exactly, which needs no such table')
+                    'widths (--grid), or fix groups (--fix)')
             near = beside.pop(i)
             for j in near:
                 beside[j] |= near

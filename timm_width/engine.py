@@ -172,7 +172,7 @@ class Step:
     def __init__(self, training: 'Loop', images: Any, targets: torch.Tensor):
         self._training = training
         self.images, self.targets = images, targets
-        self.epoch, self.update = training.epoch, training.updates
+        self.epoch, self.update, self._batch = training.epoch, training.updates, training.batch
         self.first_loss: Optional[torch.Tensor] = None
 
     @property
@@ -182,6 +182,12 @@ class Step:
     @cached_property
     def rng(self) -> np.random.Generator:
         return np.random.default_rng([self._training.seed, self.update])
+
+    @cached_property
+    def image_rng(self) -> np.random.Generator:
+        rank = getattr(self._training.args, 'rank', 0)
+        # one that ended in zeros would be as that of `rng`
+        return np.random.default_rng([self._training.seed, self.update, self._batch, 1 + rank])
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with autocast(self._training.args):
@@ -200,6 +206,14 @@ class Step:
         if self.first_loss is None:
             self.first_loss = loss.detach()
         self._training.backward(loss)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        world_size = getattr(self._training.args, 'world_size', 1)
+        if world_size < 2:
+            return tensor
+        found = [torch.empty_like(tensor) for _ in range(world_size)]
+        distributed.all_gather(found, tensor.contiguous())
+        return torch.cat(found)
 
 
 def plain_step(step: Step) -> None:
@@ -229,6 +243,7 @@ class Loop:
     Attributes:
         optimizer, scheduler, epochs: Of timm; `make_optimizer` makes them.
         epoch, updates: How far it is.
+        batch: Number of the batch within its update, from 0.
     """
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -247,7 +262,7 @@ class Loop:
         self.seed = args.seed if seed is None else seed
         self.scaler = Scaler(args)
         self.updates_per_epoch = -(-len(batches) // args.grad_accum_steps)
-        self.epoch = self.updates = 0
+        self.epoch = self.updates = self.batch = 0
         self._share = 1.  # of an update that one batch is
 
     @property
@@ -273,9 +288,9 @@ class Loop:
         losses, sizes, lr, count = [], [], 0., len(self.batches)
         for i, batch in enumerate(self.batches):
             images, targets = self.prepare(*batch)
-            accumulated = i % self.args.grad_accum_steps
-            last = accumulated == self.args.grad_accum_steps - 1 or i == count - 1
-            if accumulated == 0:
+            self.batch = i % self.args.grad_accum_steps
+            last = self.batch == self.args.grad_accum_steps - 1 or i == count - 1
+            if self.batch == 0:
                 self.optimizer.zero_grad()
                 self._share = 1 / max(min(self.args.grad_accum_steps, count - i), 1)  # some loaders give more than they say
             share, self._share = self._share, self.share(self._share, targets)

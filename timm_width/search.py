@@ -127,6 +127,11 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
         if changed:
             raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
+        learned = [name for name in (earlier['policy'], *earlier.get('baselines', ())) if name != BASE and
+                   policies.label(name) in found and found[policies.label(name)].learns_budget]
+        if learned and args.budget != earlier.get('budget'):
+            raise UsageError(f"--resume '{known.resume}': {policies.label(learned[0])} was trained for the budgets there, "
+                             f"--budget {' '.join(map(str, earlier.get('budget', ())))}; others need another --output")
     elif args.search_epochs is None:
         args.search_epochs = found[policies.label(known.policy)].search_epochs
     return args, found
@@ -178,8 +183,10 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     network = None
     if policy.trains():
         model, space = problem.largest(args.seed)
-        trained = Training(policy.prepare(model, space), training, args, args.search_epochs, f'search ({name})', warmup,
-                           policy.train_step, list(policy.parameters()))
+        shared = policy.prepare(model, space)
+        _say_notes(args, name, policy)
+        trained = Training(shared, training, args, args.search_epochs, f'search ({name})', warmup, policy.train_step,
+                           list(policy.parameters()))
         network = trained.run(state / f'{name}.pth.tar', _after_epoch(args, name, policy), policy)
 
     def train(choice: Choice) -> nn.Module:
@@ -192,11 +199,17 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': '{desc}: {n_fmt} scores, {elapsed}\n'}
     with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
         found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
+    _say_notes(args, name, policy)
     found = [Choice({name: int(w) for name, w in widths.items()}, tuple(skips)) for widths, skips in found]
     for choice, budget in zip(found, problem.budgets, strict=True):
         if not budget.met(*choice):
             raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
     return found
+
+
+def _say_notes(args: Namespace, name: str, policy: policies.Policy) -> None:
+    while policy.notes:
+        say(args, f'{name}: {policy.notes.pop(0)}')
 
 
 def _after_epoch(args: Namespace, name: str, policy: Optional[policies.Policy] = None) -> Callable[[Training, float, float], None]:

@@ -14,7 +14,7 @@ import numpy as np
 from .elimination import Elimination, SolveError
 from .factors import Factors, Grid
 
-__all__ = ['Elimination', 'Lagrangian', 'Solution', 'SolveError', 'exact']
+__all__ = ['ROUNDING', 'Elimination', 'Lagrangian', 'Solution', 'SolveError', 'exact', 'is_whole']
 
 BATCH_CELLS = 2 ** 23  # of all tables of one pass over several multipliers
 
@@ -25,6 +25,7 @@ DOUBLINGS = 64
 # example: all costs are scaled so that their limit is that number.
 LIMIT = 0.04
 
+ROUNDING = 1e-9  # relative: how far costs of floats may be over the limit, since sums in another order differ
 FEASIBILITY = 1e-6  # of HiGHS, relative to the limit: how far its answers may be over it
 CUTS = 100  # answers over the limit, by rounding, that `exact` cuts off before it gives up
 
@@ -64,8 +65,8 @@ class Lagrangian:
 
     Args:
         plan: For the pairs of the cost and of the objectives.
-        cost: What is limited; held to the limit in exact integers, where its tables have these.
-        limit: The most it may be.
+        cost: What is limited.
+        limit: The most it may be: of costs in integers to the last unit, of others to a billionth.
         batch: How many multipliers are evaluated at once.
 
     Raises:
@@ -76,7 +77,7 @@ class Lagrangian:
         self.plan, self.limit, self.constant = plan, limit, cost.constant
         self.batch = max(min(batch, BATCH_CELLS // plan.work), 1)
         self.cost = plan.flatten(cost)
-        self.room = limit - cost.constant  # for what widths change
+        self.room = _most(cost, limit) - cost.constant  # for what widths change
         cells = self.cost.astype(np.float64)
         least = plan.total(self.cost, plan.minimise(cells))[0]
         if least > self.room:
@@ -116,6 +117,10 @@ class Lagrangian:
         value, constant = values[0].item(), objective.constant
         return Solution(self.plan.widths(states[:, 0]), constant + value, self.constant + costs.tolist()[0],
                         constant + min(bounds.max().item(), value), gammas[0].item())
+
+    def energies(self, objective: Factors, gamma: float) -> np.ndarray:
+        """All cells of objective + gamma * cost, for the plan, with gamma as a `Solution` has it."""
+        return self.plan.flatten(objective) + gamma / self.scale * self._cells
 
     def _at(self, cells: np.ndarray, gammas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The minimisers (groups, batch) at `batch` multipliers, ascending, and what they cost (batch,)."""
@@ -179,12 +184,12 @@ def exact(objective: Factors, cost: Factors, limit: Union[int, float], seconds: 
     """The network of least objective whose cost is at most the limit, proved to be so; on any graph.
 
     An integer programme over one variable per width and one per pair of widths, by HiGHS. Its answers meet the limit to 1e-6 of it;
-    one that is over it all the same, in exact integers where the tables hold these, is cut off and the rest searched again.
+    one that is over it is cut off, and the rest searched again.
 
     Args:
         objective: What to minimise, over the grid of the cost.
         cost: What is limited.
-        limit: The most it may be.
+        limit: The most it may be: of costs in integers to the last unit, of others to a billionth.
         seconds: Most time to take.
 
     Raises:
@@ -215,10 +220,19 @@ def exact(objective: Factors, cost: Factors, limit: Union[int, float], seconds: 
                              f'widths ({found.message.strip()[:80]})')
         widths, chosen = program.widths(found.x)
         spent, best = cost(widths), objective(widths)
-        if spent <= limit:
+        if spent <= _most(cost, limit):
             return Solution(widths, best, spent, best)
         cuts.append(chosen)
     raise SolveError(f'{CUTS} networks in a row were over the limit {limit:,} by less than {FEASIBILITY:g} of it: give a lower one')
+
+
+def is_whole(cost: Factors) -> bool:
+    """Whether its tables hold integers, whose sums are exact."""
+    return all(t.dtype.kind in 'iuO' for t in (*cost.unary.values(), *cost.pairwise.values()))
+
+
+def _most(cost: Factors, limit: Union[int, float]) -> Union[int, float]:
+    return limit if is_whole(cost) else limit + ROUNDING * abs(limit)
 
 
 class _Program:

@@ -7,6 +7,7 @@ import pkgutil
 import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,23 +16,39 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from ..space import nearest
-from .base import Choice, Evaluate, Policy, PolicyError, Score, Step, fill_budget, option, random_widths, uniform_widths
+from .base import (
+    Choice,
+    Evaluate,
+    Policy,
+    PolicyError,
+    Score,
+    Step,
+    fill_budget,
+    first_within,
+    greedy_path,
+    greedy_steps,
+    option,
+    random_widths,
+    uniform_widths,
+)
 
 __all__ = [
-    'Choice', 'Evaluate', 'Policy', 'PolicyError', 'Score', 'Step', 'add_options', 'fill_budget', 'label', 'load', 'names',
-    'option', 'random_widths', 'read_options', 'uniform_widths',
+    'Choice', 'Evaluate', 'Policy', 'PolicyError', 'Score', 'Step', 'add_options', 'fill_budget', 'first_within', 'greedy_path',
+    'greedy_steps', 'label', 'load', 'names', 'option', 'random_widths', 'read_options', 'uniform_widths',
 ]
 
 GROUP = 'timm_width.policies'
 
 
 def names() -> list[str]:
-    """All that `load` knows: the entry points, and the files of this folder, for a checkout that is not installed."""
-    return sorted({e.name for e in entry_points(group=GROUP)} | _files())
+    """All that `load` knows: the entry points, and the policies of this folder, for a checkout that is not installed."""
+    return sorted({e.name for e in entry_points(group=GROUP)} | set(_ours()))
 
 
-def _files() -> set[str]:
-    return {m.name for m in pkgutil.iter_modules(__path__)} - {'base'}
+def _ours() -> dict[str, type[Policy]]:
+    """The policies of this folder, each called as its class, in lower case; a file may define several."""
+    modules = (import_module(f'{__name__}.{m.name}') for m in pkgutil.iter_modules(__path__) if m.name != 'base')
+    return {policy.__name__.lower(): policy for module in modules for policy in _defined_in(module)}
 
 
 def load(name: str) -> type[Policy]:
@@ -41,15 +58,15 @@ def load(name: str) -> type[Policy]:
         PolicyError: There is none, or it cannot be imported.
     """
     if name.endswith('.py'):
-        return _defined_in(_import_file(name), name)
+        return _only(_defined_in(_import_file(name)), name)
     for entry in entry_points(group=GROUP, name=name):
         try:
             return entry.load()
         except (ImportError, AttributeError) as e:
             raise PolicyError(f"policy '{name}' ({entry.value}) cannot be imported: {e}") from e
-    if name not in _files():
+    if name not in _ours():
         raise PolicyError(f"unknown policy '{name}'{nearest(name, names())}; there are {', '.join(names())}, or a file NAME.py")
-    return _defined_in(import_module(f'{__name__}.{name}'), name)
+    return _ours()[name]
 
 
 def label(name: str) -> str:
@@ -71,8 +88,13 @@ def _import_file(path: str) -> ModuleType:
     return module
 
 
-def _defined_in(module: ModuleType, name: str) -> type[Policy]:
-    found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == module.__name__]
+def _defined_in(module: ModuleType) -> list[type[Policy]]:
+    """The policies of a module; a class whose name begins with _ is what several have in common."""
+    return [v for k, v in vars(module).items()
+            if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == module.__name__ and not k.startswith('_')]
+
+
+def _only(found: Sequence[type[Policy]], name: str) -> type[Policy]:
     if len(found) != 1:
         raise PolicyError(f"--policy '{name}' defines {len(found)} subclasses of timm_width.policies.Policy: one is needed")
     if missing := ', '.join(sorted(found[0].__abstractmethods__)):

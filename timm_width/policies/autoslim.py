@@ -1,8 +1,8 @@
 """AutoSlim: a slimmable network trained at many widths, then slimmed greedily."""
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .base import Choice, Evaluate, Policy, PolicyError, Score, Step, option, random_widths, uniform_widths
+from .base import Choice, Evaluate, Policy, PolicyError, Step, first_within, greedy_path, greedy_steps, option, random_widths
 
 __all__ = ['AutoSlim']
 
@@ -56,33 +56,10 @@ class AutoSlim(Policy):
     @property
     def evaluations(self) -> int:
         """As if slimming went to the uniform network of the smallest budget."""
-        least = [uniform_widths(self.space, budget, self.grid) for budget in self.budgets]
-        steps = max(sum(len([w for w in self.grid[n] if w > widths[n]]) for n in self.grid) for widths in least)
-        return steps * len(self.grid)
+        return greedy_steps(self.space, self.budgets, self.grid) * len(self.grid)
 
     def choose(self, evaluate: Evaluate) -> list[Choice]:
-        found: dict[int, Choice] = {}
-        for widths in self.slimmed(evaluate):
-            for i, budget in enumerate(self.budgets):
-                if i not in found and budget.met(widths):
-                    found[i] = Choice(widths)
-            if len(found) == len(self.budgets):
-                break
-        return [found[i] for i in range(len(self.budgets))]
+        def rank(widths: Mapping[str, int]) -> tuple[float, float]:
+            return evaluate(widths, batches=self.options.batches or None, statistics=self.options.statistics).rank
 
-    def slimmed(self, evaluate: Evaluate) -> Iterable[dict[str, int]]:
-        """The largest network, and then each slimmer one on the greedy path."""
-        widths = dict(self.largest)
-        yield widths
-        while candidates := list(self._one_step_slimmer(widths)):
-            widths = max(candidates, key=lambda c: self._score(evaluate, c).rank)
-            yield widths
-
-    def _one_step_slimmer(self, widths: dict[str, int]) -> Iterable[dict[str, int]]:
-        for name, levels in self.grid.items():
-            at = levels.index(widths[name])
-            if at > 0:
-                yield {**widths, name: levels[at - 1]}
-
-    def _score(self, evaluate: Evaluate, widths: dict[str, int]) -> Score:
-        return evaluate(widths, batches=self.options.batches or None, statistics=self.options.statistics)
+        return first_within(greedy_path(self.grid, self.largest, lambda _, slimmer: max(slimmer, key=rank)), self.budgets)

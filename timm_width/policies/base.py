@@ -6,7 +6,7 @@ builds nothing from timm: that is what makes a paper readable in one file.
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol
 
@@ -19,8 +19,8 @@ from ..factors import Grid
 from ..space import WidthSpace
 from ..supernet import Supernet
 
-__all__ = ['Choice', 'Evaluate', 'Grid', 'Policy', 'PolicyError', 'Score', 'Step', 'fill_budget', 'option',
-           'random_widths', 'uniform_widths']
+__all__ = ['Choice', 'Evaluate', 'Grid', 'Policy', 'PolicyError', 'Score', 'Step', 'fill_budget', 'first_within',
+           'greedy_path', 'greedy_steps', 'option', 'random_widths', 'uniform_widths']
 
 BISECTIONS = 40  # halvings of the factor: far below the distance of any two grid points
 
@@ -81,6 +81,7 @@ class Step(Protocol):
         progress: Share of all updates that is done, from 0 to below 1.
         rng: For all that the policy draws. Seeded by the run's seed and the update: the same on every process, for every
             batch that one update accumulates, and after a resume.
+        image_rng: For what it draws for each image: the same after a resume, but another for every process and batch.
     """
     images: torch.Tensor
     targets: torch.Tensor
@@ -88,6 +89,7 @@ class Step(Protocol):
     update: int
     progress: float
     rng: np.random.Generator
+    image_rng: np.random.Generator
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the network on the images; for a Supernet, `forward(widths, gates=..., skips=...)`."""
@@ -100,6 +102,9 @@ class Step(Protocol):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds a loss's gradients to those of this update; may be called several times."""
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors (n, ...) that all processes give, one after another: (n * processes, ...), the same in each of them."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -126,11 +131,14 @@ class Policy(ABC):
         default_grid: What `--grid` is where it is not given.
         search_epochs: What `--search-epochs` is where it is not given.
         mixup: Whether images and targets may be mixed.
+        learns_budget: Whether training depends on the budgets, so that a search that goes on cannot be given others.
+        notes: Lines on what the policy did, for whoever runs it to show; they may take them away.
     """
 
     default_grid: str = 'multiples'
     search_epochs: int = 50
     mixup: bool = True
+    learns_budget: bool = False
 
     @dataclass(frozen=True)
     class Options:
@@ -146,8 +154,15 @@ class Policy(ABC):
     ):
         self.space, self.budgets, self.grid, self.seed = space, tuple(budgets), grid, seed
         self.options = self.Options() if options is None else options
-        self.largest = {name: widths[-1] for name, widths in grid.items()}
-        self.smallest = {name: widths[0] for name, widths in grid.items()}
+        self.notes: list[str] = []
+
+    @property
+    def largest(self) -> dict[str, int]:
+        return {name: widths[-1] for name, widths in self.grid.items()}
+
+    @property
+    def smallest(self) -> dict[str, int]:
+        return {name: widths[0] for name, widths in self.grid.items()}
 
     def prepare(self, model: nn.Module, space: WidthSpace) -> nn.Module:
         """Makes the network to train.
@@ -224,6 +239,43 @@ def _nearest(widths: Sequence[int], width: float) -> int:
     i = bisect_left(widths, width)
     around = widths[max(i - 1, 0):i + 1]
     return min(around, key=lambda w: math.fabs(w - width))
+
+
+def greedy_path(
+        grid: Grid,
+        widths: Mapping[str, int],
+        best: Callable[[Mapping[str, int], Sequence[Mapping[str, int]]], Mapping[str, int]],
+) -> Iterable[Mapping[str, int]]:
+    """Networks that slim one step of the grid at a time, in one group each, down to the smallest.
+
+    Args:
+        grid: Group -> widths, ascending.
+        widths: The first network.
+        best: Is given the last network and those that are one step slimmer, and picks one of these.
+    """
+    yield widths
+    while candidates := [{**widths, name: levels[levels.index(widths[name]) - 1]}
+                         for name, levels in grid.items() if widths[name] > levels[0]]:
+        widths = best(widths, candidates)
+        yield widths
+
+
+def first_within(path: Iterable[Mapping[str, int]], budgets: Sequence[Budget]) -> list[Choice]:
+    """For each budget, the first network on a path that meets it."""
+    found: dict[int, Choice] = {}
+    for widths in path:
+        for i, budget in enumerate(budgets):
+            if i not in found and budget.met(widths):
+                found[i] = Choice(widths)
+        if len(found) == len(budgets):
+            break
+    return [found[i] for i in range(len(budgets))]
+
+
+def greedy_steps(space: WidthSpace, budgets: Sequence[Budget], grid: Grid) -> int:
+    """Steps of a greedy path from the largest network to about the smallest budget: to its uniform network."""
+    least = [uniform_widths(space, budget, grid) for budget in budgets]
+    return max(sum(len([w for w in levels if w > widths[name]]) for name, levels in grid.items()) for widths in least)
 
 
 def uniform_widths(space: WidthSpace, budget: Budget, grid: Grid) -> dict[str, int]:
