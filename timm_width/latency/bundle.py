@@ -18,7 +18,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-import numpy as np
 import torch
 from timm.data import resolve_data_config
 from timm.utils import random_seed
@@ -34,9 +33,9 @@ from ..space import WidthSpace
 from ..trace import trace
 from .onnx_graph import RecipeError, export_bytes, settle
 from .onnx_recipe import find_recipe
-from .runner.manifest import FORMAT, read_manifest
+from .runner.manifest import FORMAT, USES, read_manifest
 
-__all__ = ['Network', 'Order', 'draw_uniform', 'export_bundle', 'make_network']
+__all__ = ['Network', 'Order', 'export_bundle', 'make_network']
 
 RUN = '''"""Measures this bundle: python run.py --backend onnxruntime (or tensorrt, trtexec, ...: --help lists them)."""
 import sys
@@ -143,9 +142,9 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
     _check(order, out, overwrite)
     plain, space, grid = make_network(order)  # of which a search has the space; the exported one has other activations
     size = space.input_size
-    configurations = [(use, dict(widths)) for use, widths in draw(space, grid)]
+    configurations = [(use, {name: widths.get(name) for name in grid}) for use, widths in draw(space, grid)]
     for use, widths in configurations:
-        if use not in ('train', 'valid') or list(widths) != list(grid) or any(w not in grid[name] for name, w in widths.items()):
+        if use not in USES or any(w not in grid[name] for name, w in widths.items()):
             raise UsageError(f'a drawn configuration is not on the grid, or neither to train nor to validate: {use} {widths}')
     if not configurations:
         raise UsageError('there must be at least one configuration')
@@ -176,13 +175,6 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
     return (f'{out}: {space.architecture}, {len(configurations)} configurations of {len(grid)} groups, {how}, '
             f"{total / 1e6:.1f} MB, {order.precision}, input {'x'.join(map(str, (order.batch, *size)))}\n"
             f'copy it to the target, and there: python {out.name}/run.py --backend onnxruntime')
-
-
-def draw_uniform(space: WidthSpace, grid: Grid, samples: int, seed: int = 0) -> list[tuple[str, dict[str, int]]]:
-    """Configurations drawn uniformly, every tenth to validate."""
-    rng = np.random.default_rng(seed)
-    return [('valid' if i % 10 == 9 else 'train', {name: int(rng.choice(widths)) for name, widths in grid.items()})
-            for i in range(samples)]
 
 
 def _write_networks(
