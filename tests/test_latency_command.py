@@ -109,7 +109,7 @@ def test_too_few_timings_are_refused(measured, count, message, bundle, tmp_path,
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'ms': float('nan')}, 'NaN'), ({'ms': -1.}, 'above zero'), ({'ms': None}, ''), ({'batch_ms': 0.}, 'above zero'),
+    ({'ms': float('nan')}, 'NaN'), ({'ms': -1.}, 'ms must be'), ({'ms': None}, ''), ({'batch_ms': 0.}, 'above zero'),
 ])
 def test_results_with_times_that_cannot_be_are_refused(measured, bundle, tmp_path, capsys, change, message):
     lines = (bundle / 'results.jsonl').read_text().splitlines()

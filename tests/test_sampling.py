@@ -10,7 +10,7 @@ from timm_width.latency.terms import Unknowns
 from .test_terms import problem
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_mambaout'])
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])
 def test_every_network_holds_as_many_as_can_be_of_what_was_seen_least(name):
     """By enumeration of a small grid."""
     space, grid = problem(name, '0.5,1')

@@ -129,9 +129,10 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
         learned = [name for name in (earlier['policy'], *earlier.get('baselines', ())) if name != BASE and
                    policies.label(name) in found and found[policies.label(name)].learns_budget]
-        if learned and args.budget != earlier.get('budget'):
+        if learned and any(getattr(args, k) != earlier.get(k) for k in ('budget', 'latency_model')):
+            model = f", --latency-model {earlier['latency_model']}" if earlier.get('latency_model') else ''
             raise UsageError(f"--resume '{known.resume}': {policies.label(learned[0])} was trained for the budgets there, "
-                             f"--budget {' '.join(map(str, earlier.get('budget', ())))}; others need another --output")
+                             f"--budget {' '.join(map(str, earlier.get('budget', ())))}{model}; others need another --output")
     elif args.search_epochs is None:
         args.search_epochs = found[policies.label(known.policy)].search_epochs
     return args, found
