@@ -240,7 +240,7 @@ def test_the_first_configuration_is_measured_now_and_then(bundle, monkeypatch):
     monkeypatch.setattr('timm_width.latency.runner.main.REFERENCE', 5)
     said = measure_bundle(read_manifest(bundle), Fake(), bundle / 'r.jsonl')
     assert [row['reference'] for row in lines(bundle / 'r.jsonl') if 'reference' in row] == [5, 10]
-    assert 'the first one, 3 times, varied by 0.0%' in said and REFERENCE == 50
+    assert 'the first one, 3 times, varied by 0.0%' in said and REFERENCE == 25
 
 
 def test_a_configuration_that_kills_the_program_twice_is_given_up(bundle):

@@ -94,6 +94,21 @@ def test_disturbed_timings_are_left_out_and_said(measured):
     assert 'used all the same' in fit_results(manifest, results._replace(rows=rows), space).notes[0]
 
 
+def test_the_drift_of_the_machine_is_taken_out(measured):
+    """It slows down by half; the first network, timed again and again, says so."""
+    manifest, results, space = measured
+
+    def slow(r, at):
+        return dict(r, **{k: r[k] * (1 + at / 240) for k in ('ms', 'batch_ms', 'minimum', 'mean')})
+
+    rows = [slow(r, r['index']) for r in results.rows]
+    again = [dict(slow(results.rows[0], at), reference=at) for at in range(10, 120, 10)]
+    fits = [fit_results(manifest, results._replace(rows=rows, references=refs), space, steady=steady)
+            for refs, steady in (([], True), (again, False), (again, True))]
+    assert fits[0].model.validation.nrmse == fits[1].model.validation.nrmse > 3 * fits[2].model.validation.nrmse
+    assert fits[2].model.validation.nrmse < 0.03 and 'the machine drifted by' in fits[2].notes[0] and not fits[1].notes
+
+
 def test_stopping_early_is_no_loss_but_of_accuracy(measured):
     manifest, results, space = measured
     fit = fit_results(manifest, results._replace(rows=results.rows[:60]), space)

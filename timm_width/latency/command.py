@@ -133,12 +133,15 @@ def fit(argv: Sequence[str]) -> None:
     add('--smoothness', type=float, default=SMOOTHNESS, metavar='K', help='weight of monotonicity (%(default)g, as in AOWS)')
     add('--prior', type=float, default=PRIOR, metavar='P',
         help='weight of what is bilinear in the widths (%(default)g; 0: the fit of AOWS, which needs more networks)')
+    add('--as-timed', action='store_true',
+        help="leave timings as they are; by default, the drift of the machine's speed is taken out")
     _add_file(parser)
     args = parser.parse_args(argv)
     out, folder = _file(args), Path(args.bundle)
     manifest = read_manifest(folder)
     results = scan_results(Path(args.results) if args.results else folder / 'results.jsonl', manifest)
-    _save(fit_results(manifest, results, space_of(manifest), args.statistic, args.smoothness, args.prior), out)
+    _save(fit_results(manifest, results, space_of(manifest), args.statistic, args.smoothness, args.prior,
+                      steady=not args.as_timed), out)
 
 
 def _add_file(parser: Parser) -> None:

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any, Optional
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from .. import __version__
 from ..data import UsageError
@@ -21,6 +22,8 @@ from .terms import Unknowns
 __all__ = ['STATISTICS', 'Fit', 'fit_results', 'plot', 'space_of']
 
 STATISTICS = ('median', 'minimum', 'p20')  # of a network's samples
+NEIGHBOURS = 5  # measurements of the first network, whose median counts
+DRIFT = 0.03  # of the machine's speed, that is worth a word
 LEAST = 10  # networks to fit to
 LEAST_VALID = 5
 
@@ -67,10 +70,12 @@ def fit_results(
         smoothness: float = SMOOTHNESS,
         prior: float = PRIOR,
         networks: Optional[int] = None,
+        steady: bool = True,
 ) -> Fit:
     """Fits a latency model to the networks measured to train, and validates it on those held out.
 
-    Timings that other load disturbed are left out, where enough are left.
+    Timings that other load disturbed are left out, where enough are left. As a machine's speed drifts (clocks, heat, neighbours),
+    all are brought to one speed by the first network, which is timed again and again.
 
     Args:
         manifest: The bundle.
@@ -80,6 +85,7 @@ def fit_results(
         smoothness: K of `fit_unknowns`.
         prior: P of `fit_unknowns`.
         networks: Fit to the first ones only.
+        steady: Whether to bring timings to one speed.
 
     Raises:
         UsageError: Too few networks were measured.
@@ -89,7 +95,10 @@ def fit_results(
     for flag, value in ('--smoothness', smoothness), ('--prior', prior):
         if not 0 <= value < float('inf'):
             raise UsageError(f'{flag} must be at least 0, not {value:g}')
-    train, valid, notes = _split(results.rows, statistic)
+    train, valid, notes = _split(results.rows)
+    speed = _speed(results, statistic) if steady else None
+    if speed is not None and np.ptp(speed) > DRIFT:
+        notes.append(f'the machine drifted by {np.ptp(speed):.0%} while it measured; timings are brought to its usual speed')
     train = train[:networks]
     for rows, least, what in (train, LEAST, 'to fit to'), (valid, LEAST_VALID, 'to validate on'):
         if len(rows) < least:
@@ -97,17 +106,18 @@ def fit_results(
     unknowns = Unknowns(space, {name: tuple(widths) for name, widths in manifest.data['grid'].items()})
     start = perf_counter()
     widths = [manifest.configurations[row['index']].widths for row in train]
-    tables = unknowns.factors(fit_unknowns(unknowns, widths, [_ms(row, statistic) for row in train], smoothness, prior))
+    tables = unknowns.factors(fit_unknowns(unknowns, widths, [_ms(row, statistic, speed) for row in train], smoothness, prior))
     seconds = perf_counter() - start
     if unseen := int((unknowns.rows(widths).sum(0).A1 == 0).sum()):
         notes.append(f'{unseen} of {unknowns.count} unknowns occur in no network measured so far: they follow from the others')
-    measured = np.array([_ms(row, statistic) for row in valid])
+    measured = np.array([_ms(row, statistic, speed) for row in valid])
     held = [manifest.configurations[row['index']].widths for row in valid]
     predicted = predict(tables, held)
     validation = validate(predicted, measured)
     about = {
         'kind': 'pairwise', 'networks': len(train), 'unknowns': unknowns.count, 'statistic': statistic, 'smoothness': smoothness,
-        'prior': prior, 'seconds': round(seconds, 3), 'spread': median(row['spread'] for row in train), 'notes': notes,
+        'prior': prior, 'steady': speed is not None, 'seconds': round(seconds, 3),
+        'spread': median(row['spread'] for row in train), 'notes': notes,
         'loop': results.header['loop'], 'host': results.header['host'],
         'versions': {**manifest.data.get('versions', {}), 'timm_width': __version__}}
     model = LatencyModel(
@@ -116,7 +126,7 @@ def fit_results(
     return Fit(model, held, measured, predicted, notes)
 
 
-def _split(rows: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list, list, list[str]]:
+def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list, list, list[str]]:
     """Rows to fit to, rows to validate on, and what to say of them."""
     notes: list[str] = []
     calm = [row for row in rows if not row['disturbed']]
@@ -128,11 +138,24 @@ def _split(rows: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list, lis
     return *([row for row in rows if row['use'] == use] for use in ('train', 'valid')), notes
 
 
-def _ms(row: Mapping[str, Any], statistic: str) -> float:
-    """Milliseconds per image."""
-    if statistic == 'median':
-        return row['ms']
-    return (row['minimum'] if statistic == 'minimum' else row['percentiles']['20']) / row['batch']
+def _ms(row: Mapping[str, Any], statistic: str, speed: Optional[np.ndarray] = None) -> float:
+    """Milliseconds per image, at a speed of 1."""
+    ms = row['batch_ms'] if statistic == 'median' else row['minimum'] if statistic == 'minimum' else row['percentiles']['20']
+    return ms / row['batch'] / (1 if speed is None else speed[row['index']])
+
+
+def _speed(results: Results, statistic: str) -> Optional[np.ndarray]:
+    """How long the machine took when each configuration was measured, as a multiple of what it usually took.
+
+    By the first configuration: medians of neighbouring measurements of it, as these have noise of their own, and between them
+    straight lines. None, if there are too few.
+    """
+    found = [row for row in results.rows if row['index'] == 0] + results.references
+    if len(found) < NEIGHBOURS:
+        return None
+    at = [row.get('reference', 0) for row in found]
+    ms = median_filter(np.array([_ms(row, statistic) for row in found]), NEIGHBOURS, mode='nearest')
+    return np.interp(np.arange(results.header['configurations']), at, ms / np.median(ms))
 
 
 def plot(fit: Fit, path: Path) -> None:

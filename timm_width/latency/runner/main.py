@@ -25,7 +25,7 @@ from .timing import LOOP
 
 __all__ = ['main', 'measure_bundle']
 
-REFERENCE = 50  # configurations between two measurements of the first one
+REFERENCE = 25  # configurations between two measurements of the first one
 GIVE_UP = 5  # if this many fail before one succeeds, none will
 SECONDS = 0.01  # of a sample: thousands of networks are measured
 BEGINNING = b'{"format": '  # of a results file
