@@ -270,14 +270,13 @@ def test_exact_says_when_its_time_is_over():
 def test_exact_works_on_the_graph_that_elimination_refuses():
     """densenet121 with two widths a group: nothing within the budget is better by any single change."""
     space = timm_width.trace(meta_copy(timm.create_model('densenet121')), (3, 64, 64))
-    fix = [g for i, g in enumerate(space.searchable) if i % 4]
-    grid, macs = make_grid(space, '0.5,1', fix=fix), Macs(space)
+    grid, macs = make_grid(space, '0.5,1'), Macs(space)
     cost = macs.factors(grid)
     with pytest.raises(SolveError):
         Elimination(grid, cost.pairwise)
     rng = np.random.default_rng(0)
     objective = Factors(grid, 0., {g: np.array([rng.exponential(), 0]) for g in grid})
-    limit = int(0.9 * macs())
+    limit = int(0.6 * macs())
     found = exact(objective, cost, limit)
     assert macs(found.widths) == found.cost <= limit
     for g, widths in grid.items():
