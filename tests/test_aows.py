@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 import timm_width
-from timm_width import cli, search
+from timm_width import cli, target
 from timm_width.budget import Budget, BudgetError
 from timm_width.conformance import PlantedProblem, PolicyConformance, _Net
 from timm_width.cost import Macs
@@ -452,7 +453,7 @@ def searched(request, image_folder, tmp_path_factory):
     """A short search of every policy, without the trainings that follow."""
     folder = tmp_path_factory.mktemp(request.param) / 'x'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, 'latencies', lambda networks, *a: dict.fromkeys(networks, 1.))
+        patch.setattr(target, 'measure_many', partial(target.measure_many, seconds=1e-4, attempts=1))
         assert cli.main(command(image_folder, folder, '--epochs', '0', '--search-epochs', '4', '--baselines', 'base',
                                 policy=request.param)) == 0
         yield SimpleNamespace(policy=request.param, folder=folder)
