@@ -74,10 +74,18 @@ def test_a_policy_in_a_file_of_the_users_own(tmp_path, capsys):
     assert 'found' in capsys.readouterr().out
 
 
+def test_a_file_may_have_a_policy_and_what_it_is_made_from(tmp_path):
+    """A class whose name begins with _ is none."""
+    (tmp_path / 'mine.py').write_text(
+        'from timm_width.policies.uniform import Uniform\nclass _Common(Uniform):\n    pass\nclass Mine(_Common):\n    pass')
+    assert policies.load(str(tmp_path / 'mine.py')).__name__ == 'Mine'
+
+
 WRONG = {
     'missing': (None, 'there is no such file'),
     'broken': ('import nothing_of_that_name', "No module named 'nothing_of_that_name'"),
     'empty': ('x = 1', 'defines 0 subclasses of timm_width.policies.Policy'),
+    'two': ('from timm_width.policies.uniform import Uniform\nclass A(Uniform):\n    pass\nclass B(Uniform):\n    pass', 'defines 2 subclasses'),
     'abstract': ('from timm_width.policies import Policy\nclass Mine(Policy):\n    pass', 'Mine has no choose'),
 }
 

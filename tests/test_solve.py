@@ -191,7 +191,7 @@ def test_lagrangian_is_feasible_and_optimal_for_its_gamma_and_the_gap_holds(name
 
 @each
 def test_several_multipliers_at_once_give_the_answer_of_one_after_the_other(name, seed):
-    """Whatever the batch, and wherever the search begins; doubling the upper end, too, where the cost is a small part of the limit."""
+    """Whatever the batch, and whatever was solved before; doubling the upper end, too, where the cost is a small part of the limit."""
     objective, cost = problem(name, seed)
     values = [cost(w) for w in networks(cost.grid)]
     plan = plan_of(objective, cost)
@@ -202,7 +202,9 @@ def test_several_multipliers_at_once_give_the_answer_of_one_after_the_other(name
             widths, gamma = sequential(scaled, cost, limit)
             solvers = [Lagrangian(plan, cost, limit, batch) for batch in (1, 3, 16)]
             found = [s.solve(scaled) for s in solvers]
-            found += [solvers[2].solve(scaled, near) for near in (gamma, gamma * 1.01, gamma / 50, gamma * 1e5, 1e-12 / limit, 1e99)]
+            for other in (1, 0.99, 1e-3, 1e5):  # what is solved next begins where this one ended
+                solvers[2].solve(Factors(cost.grid, 0, {g: t * other + (g == 'g0') * t for g, t in scaled.unary.items()}))
+                found.append(solvers[2].solve(scaled))
             assert all(f == found[0] for f in found)
             assert found[0].widths == widths and found[0].gamma == pytest.approx(gamma, rel=1e-12)
 
@@ -270,14 +272,13 @@ def test_exact_says_when_its_time_is_over():
 def test_exact_works_on_the_graph_that_elimination_refuses():
     """densenet121 with two widths a group: nothing within the budget is better by any single change."""
     space = timm_width.trace(meta_copy(timm.create_model('densenet121')), (3, 64, 64))
-    fix = [g for i, g in enumerate(space.searchable) if i % 4]
-    grid, macs = make_grid(space, '0.5,1', fix=fix), Macs(space)
+    grid, macs = make_grid(space, '0.5,1'), Macs(space)
     cost = macs.factors(grid)
     with pytest.raises(SolveError):
         Elimination(grid, cost.pairwise)
     rng = np.random.default_rng(0)
     objective = Factors(grid, 0., {g: np.array([rng.exponential(), 0]) for g in grid})
-    limit = int(0.9 * macs())
+    limit = int(0.6 * macs())
     found = exact(objective, cost, limit)
     assert macs(found.widths) == found.cost <= limit
     for g, widths in grid.items():

@@ -26,7 +26,8 @@ class MovingMeans:
         finite = np.isfinite(values)
         entries = (paths[:, finite] + self._starts[:-1, None]).T.reshape(-1)
         order = np.argsort(entries, kind='stable')
-        entries, values = entries[order], np.repeat(values[finite], len(paths)).astype(np.float32)[order]
+        entries, values = entries[order], np.repeat(values[finite], len(paths))[order]
+        values = values.astype(np.float32).astype(np.float64)  # as they are kept
         new = np.bincount(entries, minlength=len(self.seen))
         after = np.arange(len(entries)) - (np.cumsum(new) - new)[entries]  # how many new ones of the same width come first
         kept = after >= new[entries] - self.window

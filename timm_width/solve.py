@@ -60,8 +60,8 @@ class Lagrangian:
     until its minimiser meets the limit; 12 halvings follow, and the answer is the minimiser at the upper end. Costs are scaled to
     a limit of 0.04, the milliseconds of the paper's example, so that the multipliers tried do not depend on their unit.
 
-    The order of the bisection does not matter: `batch` multipliers of its grid are evaluated at once, and the answer is that of
-    one after the other.
+    The order of the bisection does not matter: `batch` multipliers of its grid are evaluated at once, most of them about where the
+    minimisers to both sides, or of the last problem solved, change places. The answer is that of one after the other.
 
     Args:
         plan: For the pairs of the cost and of the objectives.
@@ -84,16 +84,16 @@ class Lagrangian:
             raise SolveError(f'no network of the grid costs at most {limit:,}: the least is {least + cost.constant:,}')
         self.scale = LIMIT / abs(limit) if limit else 1.  # of the paper's units, per unit of cost
         self._cells = cells * self.scale
+        self._last: Optional[tuple[np.ndarray, np.ndarray]] = None  # the minimisers around the last answer, and their costs
+        # ..., -4, -2, -1, 0, 1, 2, 4, ...
+        away = np.arange(self.batch) - self.batch // 2
+        self._spread = np.sign(away) * 2 ** np.maximum(abs(away) - 1, 0)
         at = plan.unary_cells
         # copied for every multiplier: adding tables of one shape is faster than stretching one of them
         self._pairs = plan.pairwise_tables(np.repeat(self._cells[at:, None], self.batch, 1))
 
-    def solve(self, objective: Factors, near: Optional[float] = None) -> Solution:
-        """The answer for one objective.
-
-        Args:
-            objective: What to minimise.
-            near: A multiplier that the answer's may be near: the same answer, sooner if it is.
+    def solve(self, objective: Factors) -> Solution:
+        """The answer for one objective: the same whatever was solved before, but sooner where that was about the same.
 
         Raises:
             SolveError: No multiplier is large enough for the limit.
@@ -101,22 +101,27 @@ class Lagrangian:
         cells = self.plan.flatten(objective).astype(np.float64)
         if not objective.pairwise:
             cells = cells[:self.plan.unary_cells]
-        high, around = FIRST, None
-        if near is not None and near > 0:
-            doublings = max(math.ceil(math.log2(near / self.scale / FIRST)), 0)
-            high = FIRST * 2. ** min(doublings, DOUBLINGS)
-            around = min(max(round(near / self.scale / high * STEPS), 1), STEPS)
-        found = self._bisect(cells, high, around)
+        high, guess = FIRST, None
+        if self._last is not None:
+            guess = min(self._crossing(cells, *self._last), FIRST * 2. ** DOUBLINGS)
+            high *= 2. ** max(math.ceil(math.log2(max(guess, FIRST) / FIRST)), 0)
+        found = self._bisect(cells, high, guess)
         if found is None or (high > FIRST and found[0] <= STEPS // 2):  # doubling ends elsewhere
             high = self._upper_end(cells)
             found = self._bisect(cells, high)
         step, states, costs = found  # of the step, and of the one before if there is one
+        self._last = (states, costs) if len(costs) == 2 else None
         gammas = high / STEPS * np.array([step, step - 1]) * self.scale
         values = self.plan.total(cells, states)
         bounds = values + gammas[:len(values)] * (costs - self.room).astype(np.float64)  # by weak duality
         value, constant = values[0].item(), objective.constant
         return Solution(self.plan.widths(states[:, 0]), constant + value, self.constant + costs.tolist()[0],
                         constant + min(bounds.max().item(), value), gammas[0].item())
+
+    def _crossing(self, cells: np.ndarray, states: np.ndarray, costs: np.ndarray) -> float:
+        """The multiplier at which two networks are as good, of which the second costs more."""
+        values = self.plan.total(cells, states)
+        return float(values[0] - values[1]) / (float(costs[1] - costs[0]) * self.scale)
 
     def energies(self, objective: Factors, gamma: float) -> np.ndarray:
         """All cells of objective + gamma * cost, for the plan, with gamma as a `Solution` has it."""
@@ -146,7 +151,7 @@ class Lagrangian:
             self,
             cells: np.ndarray,
             high: float,
-            around: Optional[int] = None,
+            guess: Optional[float] = None,
     ) -> Optional[tuple[int, np.ndarray, np.ndarray]]:
         """The least of the steps 1 ... STEPS whose multiplier, high * step / STEPS, meets the limit; None if the last does not.
 
@@ -156,8 +161,7 @@ class Lagrangian:
         low, top = 0, STEPS + 1  # the last known to be over the limit, the first known to meet it
         best, over = None, ()
         while top - low > 1:
-            steps = self._between(low, top, around)
-            around = None
+            steps = self._between(low, top, guess and guess / high * STEPS)
             states, costs = self._at(cells, high / STEPS * steps)
             met = costs <= self.room
             first = int(met.argmax()) if met[-1] else len(steps)
@@ -165,19 +169,22 @@ class Lagrangian:
                 top, best = int(steps[first]), (states[:, first], costs[first])
             if first:
                 low, over = int(steps[first - 1]), ((states[:, first - 1], costs[first - 1]),)
+            guess = None
+            if best is not None and over:  # if no third network is better between the two, they change places here
+                guess = self._crossing(cells, np.stack((best[0], over[0][0]), 1), (best[1], over[0][1]))
         if best is None:
             return None
         states, costs = zip(best, *over)
         return top, np.stack(states, 1), np.array(costs, dtype=self.cost.dtype)
 
-    def _between(self, low: int, top: int, around: Optional[int]) -> np.ndarray:
+    def _between(self, low: int, top: int, guess: Optional[float]) -> np.ndarray:
         """`batch` steps between two, ascending; some several times, where there are not as many."""
-        if around is not None:
-            spread = np.arange(self.batch) - self.batch // 2
-            return np.minimum(np.maximum(around + spread * abs(spread) // 4, low + 1), top - 1)
-        if top > STEPS:  # the last one, too
+        if top > STEPS and guess is None:  # the last one, too
             return low - (low - STEPS) * np.arange(1, self.batch + 1) // self.batch
-        return low + 1 + (top - low - 1) * np.arange(self.batch) // self.batch
+        if top - low <= self.batch + 1 or guess is None:
+            return low + 1 + (top - low - 1) * np.arange(self.batch) // self.batch
+        around = math.ceil(min(max(guess, low + 1), top - 1)) + self._spread
+        return np.minimum(np.maximum(around, low + 1), min(top - 1, STEPS))
 
 
 def exact(objective: Factors, cost: Factors, limit: Union[int, float], seconds: float = 60.) -> Solution:

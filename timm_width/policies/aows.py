@@ -264,7 +264,6 @@ class OWS(_OneShot):
     def _start(self) -> None:
         self.estimates = MovingMeans([len(self.grid[name]) for name in self.free], self.options.window)
         self._limits: list[_Limited] = []
-        self._gammas: dict[int, float] = {}
 
     def learn(self, step: Step, paths: np.ndarray, increase: torch.Tensor) -> None:
         everywhere = step.gather(torch.from_numpy(paths.T).to(increase.device)), step.gather(increase / len(paths))
@@ -356,8 +355,7 @@ class AOWS(OWS):
     def gibbs(self, turn: int, temperature: float, rng: np.random.Generator, count: int) -> np.ndarray:
         """Draws places in the grid, (groups with a choice, count), for one of the budgets at a temperature."""
         errors, lagrangian = self.errors(), self.limits()[turn].lagrangian
-        self._gammas[turn] = lagrangian.solve(errors, self._gammas.get(turn)).gamma  # where the last was: the same, but sooner
-        plan, energies = lagrangian.plan, lagrangian.energies(errors, self._gammas[turn]) / temperature
+        plan, energies = lagrangian.plan, lagrangian.energies(errors, lagrangian.solve(errors).gamma) / temperature
         if self.options.sampling == 'joint':
             drawn = plan.sample(energies, rng, count)
         else:
