@@ -1,6 +1,7 @@
 """`timm-width latency fit` and `measure`, and searches under a latency budget: from timings to a network that is as fast as said."""
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 
 import timm_width
 from timm_width import cli, target
+from timm_width.grids import make_grid
 from timm_width.latency import build
 from timm_width.latency.bundle import Order, export_bundle
 from timm_width.latency.fit import fit_results
@@ -88,10 +90,12 @@ def test_disturbed_timings_are_left_out_and_said(measured):
     manifest, results, space = measured
     rows = [dict(r, ms=50., disturbed=True) if r['index'] % 12 == 0 else r for r in results.rows]
     fit = fit_results(manifest, results._replace(rows=rows), space)
-    assert fit.notes[0] == '10 of 120 timings were disturbed by other load and are left out'
+    assert fit.notes[0] == '10 of 120 timings were disturbed by other load; 10 of them are left out'
     assert fit.model.validation.nrmse < 0.05 and fit.model.about['notes'] == fit.notes
     rows = [dict(r, disturbed=True) for r in results.rows]
-    assert 'used all the same' in fit_results(manifest, results._replace(rows=rows), space).notes[0]
+    assert '0 of them are left out, the others used, being so many' in fit_results(manifest, results._replace(rows=rows), space).notes[0]
+    rows = [dict(r, disturbed=r['use'] == 'valid' and r['index'] < 90) for r in results.rows]  # too few others to validate on
+    assert fit_results(manifest, results._replace(rows=rows), space).model.validation.networks == 12
 
 
 def test_the_drift_of_the_machine_is_taken_out(measured):
@@ -177,8 +181,9 @@ def test_measure_does_the_three_steps_and_goes_on_after_a_kill(quick, tmp_path, 
     assert model.backend['backend'] == backend and model.backend['threads'] == 1 and model.batch == 1
     assert model.cost(trace(timm.create_model(MODEL, num_classes=3), (3, SIZE, SIZE)))() > 0
     assert cli.main(command) == 2 and 'exists: give another --out' in capsys.readouterr().err
-    assert cli.main([*command, '--overwrite', '--seed', '1']) == 2
-    assert 'holds a bundle with seed 0, not 1' in capsys.readouterr().err
+    for flag, value, what in ('seed', '1', 'seed'), ('num-classes', '4', 'num_classes'), ('grid', '0.5,1', 'grid'), ('samples', '80', 'samples'):
+        assert cli.main([*command, '--overwrite', f'--{flag}', value]) == 2
+        assert f'holds networks of another {what}' in capsys.readouterr().err
 
 
 def test_measuring_ends_when_more_does_not_help(monkeypatch, tmp_path, bundle, measured):
@@ -288,6 +293,7 @@ REFUSED = {
     'model': (['--budget', 'latency=0.5x', '--latency-model', 'FILE', '--model', 'test_resnet2'], "unknown model|is one of test_resnet"),
     'another': (['--budget', 'latency=0.5x', '--latency-model', 'FILE', '--model', 'test_efficientnet'], 'is one of test_resnet, not of test_efficientnet'),
     'grid': (['--budget', 'latency=0.5x', '--latency-model', 'FILE', '--grid', '0.25,1'], 'where nothing was measured; search the grid that was measured'),
+    'not here': (['--budget', 'latency=0.5x', '--latency-model', 'TRT', '--latency-backend', 'tensorrt'], 'tensorrt is not installed'),
     'tensorrt': (['--budget', 'macs=0.5x', '--latency-backend', 'tensorrt'], 'tensorrt is not installed'),
     'samples': (['--budget', 'latency=0.5x', '--latency-model', 'measure', '--latency-samples', '3'], '--latency-samples must be'),
     'pending': (['--budget', 'latency=5', '--latency-model', 'measure'], 'say the unit'),
@@ -297,8 +303,10 @@ REFUSED = {
 @pytest.mark.parametrize('name', REFUSED)
 def test_what_cannot_be_is_refused_in_one_line(name, image_folder, model_file, tmp_path, capsys):
     flags, message = REFUSED[name]
-    flags = [str(model_file) if f == 'FILE' else f for f in flags]
-    if name == 'tensorrt':
+    found = json.loads(model_file.read_text())
+    (tmp_path / 'trt.json').write_text(json.dumps({**found, 'backend': {**found['backend'], 'backend': 'tensorrt'}}))
+    flags = [{'FILE': str(model_file), 'TRT': str(tmp_path / 'trt.json')}.get(f, f) for f in flags]
+    if name in ('tensorrt', 'not here'):
         try:
             import tensorrt  # noqa: F401
             pytest.skip('tensorrt is installed')
@@ -328,6 +336,33 @@ def test_a_policy_that_learned_under_a_budget_takes_no_other_latency_model(quick
     other.write_bytes(model_file.read_bytes())
     assert cli.main(['search', '--resume', str(tmp_path / 'x'), *flags, str(other)]) == 2
     assert 'aows' in capsys.readouterr().err
+
+
+def test_a_policy_that_learned_by_a_model_notices_that_its_file_has_changed(quick, image_folder, model_file, tmp_path, capsys):
+    path = tmp_path / 'm.json'
+    path.write_bytes(model_file.read_bytes())
+    flags = ['--budget', 'latency=0.5x', '--latency-model', str(path)]
+    assert cli.main(search(image_folder, tmp_path / 'x', *flags, policy='aows')) == 0
+    assert LatencyModel.load(tmp_path / 'x' / 'latency.json').to_json() == LatencyModel.load(path).to_json()
+    assert cli.main(['search', '--resume', str(tmp_path / 'x')]) == 0
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, 'constant': found['constant'] + 0.01}))
+    capsys.readouterr()
+    assert cli.main(['search', '--resume', str(tmp_path / 'x')]) == 2
+    assert 'was trained by the latency model in' in capsys.readouterr().err
+
+
+def test_a_base_that_was_not_measured_has_no_prediction(quick, image_folder, measured, tmp_path, capsys):
+    manifest, results, space = measured
+    whole = fit_results(manifest, results, space).model
+    grid = make_grid(space, '0.5,0.75')
+    replace(whole, tables=whole.cost(space).factors(grid)).save(tmp_path / 'm.json')
+    flags = ['--latency-model', str(tmp_path / 'm.json'), '--grid', '0.5,0.75', '--budget']
+    assert cli.main(search(image_folder, tmp_path / 'x', *flags, 'latency=0.5x')) == 2
+    assert 'the latency model knows no base network' in capsys.readouterr().err
+    limit = whole.cost(space)({n: w[-1] for n, w in grid.items()})
+    assert cli.main(search(image_folder, tmp_path / 'x', *flags, f'latency={limit:.4f}ms', '--baselines', 'base')) == 0
+    assert table(tmp_path / 'x')['base']['predicted_ms'] == ''
 
 
 def test_numbers_of_a_model_are_those_of_its_tables(model_file, measured):

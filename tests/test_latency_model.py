@@ -126,7 +126,12 @@ def test_a_model_of_another_network_is_refused(model, space, change, message):
 
 @pytest.mark.parametrize('path, value, message', [
     (('timm_width_latency_model',), 2, 'format 2 is not the one'),
-    (('constant',), float('nan'), 'not finite'),
+    (('constant',), float('nan'), 'NaN is no number'),
+    (('constant',), 10 ** 400, 'no latency model'),
+    (('constant',), True, 'no latency model'),
+    (('precision',), 'fp8', "precision 'fp8'"),
+    (('backend', 'threads'), 'x', "threads 'x'"),
+    (('validation', 'nrmse'), 'x', 'are no numbers'),
     (('constant',), None, 'no latency model'),
     (('grid', 'stem.conv1'), [8, 8], 'not of ascending widths'),
     (('grid', 'stem.conv1'), [], 'not of ascending widths'),
@@ -154,7 +159,7 @@ def test_a_broken_file_is_refused_in_one_line(model, tmp_path, path, value, mess
     assert 'm.json' in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"a": 1}', '\x00\x01'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"a": 1}', '\x00\x01', '[' * 200_000])
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     (tmp_path / 'm.json').write_text(text)
     with pytest.raises(LatencyError, match='is no latency model'):

@@ -651,8 +651,9 @@ def test_mixup_is_refused_where_the_policy_needs_classes(image_folder, tmp_path,
     """By the policy that searches; one that trains no shared network, or takes soft targets, may mix."""
     monkeypatch.setattr(policies.load('autoslim'), 'mixup', False)
     for flag in ('--mixup', '--cutmix'):
-        refused(slimming(image_folder, tmp_path / 'x', flag, '0.2'), capsys, 'cannot be used with --policy autoslim')
-    refused(slimming(image_folder, tmp_path / 'x', '--cutmix-minmax', '0.2', '0.8'), capsys, 'cannot be used with --policy autoslim')
+        refused(slimming(image_folder, tmp_path / 'x', flag, '0.2'), capsys, 'cannot be used with the policy autoslim')
+    refused(slimming(image_folder, tmp_path / 'x', '--cutmix-minmax', '0.2', '0.8'), capsys, 'cannot be used with the policy autoslim')
+    refused(command(image_folder, tmp_path / 'x', '--mixup', '0.2', '--baselines', 'ows'), capsys, 'cannot be used with the policy ows')
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
     monkeypatch.setattr(search, '_times', lambda problem, entries, target: [(1., 0.)] * len(entries))

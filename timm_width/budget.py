@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Mapping, Optional, Sequence, Union
 
 from .cost import Cost, Macs, Params, Width
-from .space import WidthSpace, nearest
+from .space import WidthError, WidthSpace, nearest
 
 __all__ = ['Budget', 'BudgetError']
 
@@ -73,7 +73,10 @@ class Budget:
             raise BudgetError(f"{shown}: a limit of {name} ends in {', '.join(filter(None, allowed))} or x, "
                               f"not in '{suffix}'; {_FORMS}" if suffix else f'{shown}: say the unit of the limit; {_FORMS}')
         if name == 'latency':
-            limit = float(number) * latency() if suffix == 'x' else float(number * _MILLISECONDS[suffix])
+            try:
+                limit = float(number) * latency() if suffix == 'x' else float(number * _MILLISECONDS[suffix])
+            except WidthError as e:
+                raise BudgetError(f'{shown}: the latency model knows no base network ({e}): give the limit in ms') from None
             return cls(latency, limit, text.strip())
         cost = _COSTS[name](space)
         limit = math.floor(number * (cost() if suffix == 'x' else _SUFFIXES[suffix]))

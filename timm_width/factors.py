@@ -5,7 +5,7 @@ from typing import Union
 
 import numpy as np
 
-__all__ = ['Factors']
+__all__ = ['Factors', 'Grid', 'random_widths']
 
 Grid = Mapping[str, Sequence[int]]  # group -> widths, ascending
 Number = Union[int, float]
@@ -46,6 +46,11 @@ class Factors:
         total = self.constant + sum(t[at[g]] for g, t in self.unary.items()) + sum(
             t[at[a], at[b]] for (a, b), t in self.pairwise.items())
         return total.item() if isinstance(total, np.generic) else total
+
+
+def random_widths(grid: Grid, rng: np.random.Generator) -> dict[str, int]:
+    """Draws a width for every group, each entry of its grid equally likely."""
+    return {name: widths[rng.integers(len(widths))] for name, widths in grid.items()}
 
 
 def _place(name: str, levels: Sequence[int], widths: Mapping[str, int]) -> int:

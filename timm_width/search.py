@@ -34,19 +34,29 @@ from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS
 from .holdout import Holdout, Journal
+from .latency.sampling import LEAST_SAMPLES
 from .losses import resolve_loss
 from .models import supported
 from .policies.base import Choice
 from .problem import Problem, learning_problem, make_problem, parse_proxy, set_budgets
 from .report import METRICS, metric_name, print_table, write_table
 from .space import MAX_GROWTH
-from .target import Target, add_target_arguments, build_target, find_target, needs_measuring
+from .target import (
+    Target,
+    add_target_arguments,
+    build_target,
+    check_kept,
+    check_measurable,
+    find_target,
+    keep_model,
+    needs_measuring,
+)
 
 __all__ = ['main', 'parse', 'search']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
                  'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
-                 'latency_threads': (1, None), 'latency_samples': (20, None)}
+                 'latency_threads': (1, None), 'latency_samples': (LEAST_SAMPLES, None)}
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
                    'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
@@ -157,9 +167,9 @@ def _check(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> None:
         raise UsageError(f'--search-holdout must be between 0 and 1, not {args.search_holdout:g}')
     if len(set(args.budget)) < len(args.budget):
         raise UsageError(f"--budget {' '.join(args.budget)} names one twice")
-    policy = policies.label(args.policy)
-    if mixes(args) and not found[policy].mixup:
-        raise UsageError(f'--mixup and --cutmix cannot be used with --policy {policy}: it needs the class of every image')
+    for name, policy in found.items():
+        if mixes(args) and policy.trains() and not policy.mixup:
+            raise UsageError(f'--mixup and --cutmix cannot be used with the policy {name}: it needs the class of every image')
     if not args.resume:
         check_output(Path(args.output), args.overwrite, args.model)
 
@@ -257,10 +267,15 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
     problems = set_budgets(plain, target)
     problem, output = problems[name], Path(args.output)
     learning = learning_problem(problem)
+    measuring = needs_measuring(args)
+    if measuring:
+        check_measurable(args, target, problem.space)
+    check_kept(args, target, [label for label, policy in found.items() if policy.learns_budget])
     if is_primary(args):
         _prepare_output(args, output)
+        keep_model(args, target)
     wait_for_all(args)
-    if needs_measuring(args):
+    if measuring:
         target = build_target(args, target, problem.space, rules[name])
         problems = set_budgets(plain, target)
         problem = problems[name]

@@ -38,30 +38,33 @@ class Tables(Cost):
         given = [w for w in widths.values() if isinstance(w, torch.Tensor)] if isinstance(widths, Mapping) else []
         if given:
             check_names(self.space, widths, skips)
-            self._check_range({name: w.item() if isinstance(w, torch.Tensor) else w for name, w in widths.items()})
         else:
-            self._check(widths, skips)
-        full = {name: self.space[name].size for name in self.tables.grid} | dict(widths)
+            self.space.check(widths, skips)
+        full = self._full(widths)
+        self._check({name: w.item() if isinstance(w, torch.Tensor) else w for name, w in full.items()}, skips)
         total = self._sum({name: self._weights(name, full[name]) for name in self.tables.grid})
         return total if given else total.item()
 
     def expectation(
             self, distributions: Mapping[str, Distribution], skips: Sequence[str] = ()) -> Union[float, torch.Tensor]:
         check_distributions(self.space, distributions, skips)
-        weights = {name: self._weights(name, self.space[name].size) for name in self.tables.grid}
+        others = {name: w for name, w in self._full({}).items() if name not in distributions}
+        self._check(others, skips)
+        weights = {name: self._weights(name, w) for name, w in others.items()}
         for name, (widths, p) in distributions.items():
             for w in widths:
                 self._check({name: w}, skips)
-            if name in weights:
+            if name in self.tables.grid:
                 at = torch.stack([self._weights(name, w) for w in widths])
                 weights[name] = torch.as_tensor(p, dtype=torch.float64, device='cpu') @ at
         total = self._sum(weights)
         return total if any(isinstance(p, torch.Tensor) for _, p in distributions.values()) else total.item()
 
     def factors(self, grid: Grid, skips: Sequence[str] = ()) -> Factors:
-        self._check({}, skips)
+        self._check({name: w for name, w in self._full({}).items() if name not in grid}, skips)
         for name, widths in grid.items():
             for w in widths:
+                self.space.check({name: w})
                 self._check({name: w}, ())
         order = {name: i for i, name in enumerate(grid)}
         at = {name: torch.stack([self._weights(name, w) for w in grid.get(name, [self.space[name].size])]).numpy()
@@ -89,13 +92,14 @@ class Tables(Cost):
     def show(self, value: Union[int, float]) -> str:
         return f'{value:.4g} {self.unit}'
 
-    def _check(self, widths: Mapping[str, int], skips: Sequence[str]) -> None:
-        self.space.check(widths, skips)
+    def _full(self, widths: Mapping[str, Width]) -> dict[str, Width]:
+        """Widths with those of the groups that the tables have and that are left out."""
+        return {name: self.space[name].size for name in self.tables.grid} | dict(widths)
+
+    def _check(self, widths: Mapping[str, float], skips: Sequence[str]) -> None:
+        """Raises WidthError where nothing was measured."""
         if skips:
             raise WidthError(f'{self.space.architecture}: {self.unit} were measured of whole networks: no block can be left out')
-        self._check_range(widths)
-
-    def _check_range(self, widths: Mapping[str, float]) -> None:
         for name, width in widths.items():
             levels = self.tables.grid.get(name, (self.space[name].size,))
             if not levels[0] <= width <= levels[-1]:

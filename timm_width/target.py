@@ -1,6 +1,7 @@
 """What a search times networks by: this machine, or the latency model of another."""
+import json
 from argparse import Namespace, _ArgumentGroup
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -9,14 +10,17 @@ from torch import nn
 
 from .cost import Cost
 from .data import UsageError
-from .engine import is_primary, model_arguments, say, wait_for_all
+from .engine import model_arguments, say
 from .factors import Grid
+from .latency.build import Device, build_latency_model
+from .latency.bundle import Order, check_packages
 from .latency.measure import BACKEND_NAMES, TORCH, Measurement, check_backend, describe, measure_many, usual_batch
 from .latency.model import LatencyModel
 from .latency.runner.errors import RunnerError
 from .space import WidthSpace
 
-__all__ = ['MEASURE', 'Target', 'add_target_arguments', 'build_target', 'find_target', 'needs_measuring']
+__all__ = ['MEASURE', 'Target', 'add_target_arguments', 'build_target', 'check_kept', 'check_measurable', 'find_target',
+           'keep_model', 'needs_measuring']
 
 MEASURE = 'measure'
 FILE = 'latency.json'  # in --output
@@ -103,6 +107,9 @@ def find_target(args: Namespace) -> Target:
         LatencyError: The file is no latency model.
         RunnerError: A backend that the flags ask for is not installed.
     """
+    if args.latency_model == MEASURE and getattr(args, 'world_size', 1) > 1:
+        raise UsageError(f'--latency-model {MEASURE} works in one process: make a latency model first, with `timm-width latency '
+                         'measure`, and give its file')
     path = _file(args)
     model = LatencyModel.load(path) if path else None
     wanted: dict[str, Any] = {'backend': None, 'precision': None, 'batch': None, 'threads': None}
@@ -120,7 +127,11 @@ def find_target(args: Namespace) -> Target:
     if model is None or path == _built(args):
         check_backend(backend, precision, args.device)
         return target
+    if args.latency_backend:
+        check_backend(backend, precision, args.device)
     elsewhere = _elsewhere(target, args)
+    if elsewhere:
+        say(args, f'note: {elsewhere}')
     if elsewhere.startswith(CANNOT):
         return Target('torch', 'fp32', batch, args.latency_threads, args.device, model, elsewhere)
     return replace(target, elsewhere=elsewhere)
@@ -159,24 +170,47 @@ def needs_measuring(args: Namespace) -> bool:
     return args.latency_model == MEASURE and _file(args) is None
 
 
-def build_target(args: Namespace, target: Target, space: WidthSpace, rule: str) -> Target:
-    """Makes the latency model that --latency-model measure asks for, in --output, and checks that it can serve."""
-    if is_primary(args):
-        from .latency.build import Device, build_latency_model
-        from .latency.bundle import Order
+def check_measurable(args: Namespace, target: Target, space: WidthSpace) -> None:
+    """Raises UsageError where `build_target` could not make a latency model: before anything is written."""
+    size = space.input_size
+    if size[1] != size[2]:
+        raise UsageError(f'--latency-model {MEASURE} measures square images, not {size}')
+    check_packages(target.backend)
 
-        size = space.input_size
-        if size[1] != size[2]:
-            raise UsageError(f'--latency-model {MEASURE} measures square images, not {size}')
-        half = target.precision == 'fp16' and target.backend not in TORCH
-        arguments = {k: v for k, v in model_arguments(args).items() if k not in ('checkpoint_path', 'pretrained_cfg_overlay')}
-        order = Order(args.model, rule, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se, size[1],
-                      target.batch, 'float16' if half else 'float32', args.num_classes, None, arguments, args.seed)
-        device = Device(target.backend, target.precision, target.threads, target.device)
-        say(args, f'measuring latency: {target.backend}, {target.precision}, batch {target.batch}, '
-                  f'at most {args.latency_samples} networks')
-        fit = build_latency_model(order, device, args.latency_samples, Path(args.output) / 'search' / 'latency',
-                                  lambda text: say(args, text))
-        fit.model.save(_built(args))
-    wait_for_all(args)
+
+def build_target(args: Namespace, target: Target, space: WidthSpace, rule: str) -> Target:
+    """Makes the latency model that --latency-model measure asks for, in --output."""
+    half = target.precision == 'fp16' and target.backend not in TORCH
+    arguments = {k: v for k, v in model_arguments(args).items() if k not in ('checkpoint_path', 'pretrained_cfg_overlay')}
+    order = Order(args.model, rule, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se,
+                  space.input_size[1], target.batch, 'float16' if half else 'float32', args.num_classes, None, arguments, args.seed)
+    device = Device(target.backend, target.precision, target.threads, target.device)
+    say(args, f'measuring latency: {target}, at most {args.latency_samples} networks')
+    fit = build_latency_model(order, device, args.latency_samples, Path(args.output) / 'search' / 'latency',
+                              lambda text: say(args, text))
+    fit.model.save(_built(args))
     return replace(target, model=LatencyModel.load(_built(args)))
+
+
+def check_kept(args: Namespace, target: Target, learned: Sequence[str]) -> None:
+    """Refuses to go on by another latency model than the one by which policies have learned.
+
+    Args:
+        args: The flags.
+        target: What latency is counted by.
+        learned: The policies.
+
+    Raises:
+        UsageError: It is another one.
+    """
+    if target.model is None or not learned or not args.resume or not _built(args).is_file():
+        return
+    if LatencyModel.load(_built(args)).to_json() != json.loads(json.dumps(target.model.to_json())):
+        raise UsageError(f"--resume '{args.resume}': {learned[0]} was trained by the latency model in '{_built(args)}', and "
+                         f"'{args.latency_model}' is another: it needs another --output")
+
+
+def keep_model(args: Namespace, target: Target) -> None:
+    """Copies the latency model into --output, so that what was searched by it is known."""
+    if target.model is not None:
+        target.model.save(_built(args))

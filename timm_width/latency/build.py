@@ -1,5 +1,6 @@
 """Makes a latency model on this machine: writes a bundle, measures it and fits, in stages, until more would not help."""
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,11 +14,12 @@ from torch import nn
 from .. import __version__
 from ..data import UsageError
 from ..engine import create
+from ..factors import random_widths
 from ..resize import resize
 from ..space import WidthSpace
 from .blocks import block_tables, find_blocks
-from .bundle import Order, export_bundle, make_network
-from .fit import Fit, fit_results, space_of
+from .bundle import Order, describe_order, export_bundle, make_network
+from .fit import Fit, fit_results
 from .measure import TORCH, Measurement, describe, measure
 from .model import SUFFIX, LatencyModel, predict, space_fingerprint, validate
 from .runner.backends import open_backend
@@ -25,7 +27,7 @@ from .runner.main import measure_bundle
 from .runner.manifest import Manifest, read_manifest
 from .runner.results import scan_results
 from .runner.timing import Timing
-from .sampling import networks_to_time
+from .sampling import LEAST_SAMPLES, networks_to_time
 
 __all__ = ['BLOCK_SAMPLES', 'Device', 'build_block_model', 'build_latency_model']
 
@@ -71,15 +73,14 @@ def build_latency_model(
         UsageError: Something given makes no sense, or the folder holds something else.
         RunnerError: The backend is not there, or cannot run the networks.
     """
-    if samples < 1:
-        raise UsageError(f'--latency-samples must be at least 1, not {samples}')
+    if samples < LEAST_SAMPLES:
+        raise UsageError(f'{samples} networks are too few to fit to and to validate on: measure at least {LEAST_SAMPLES}')
     backend: Any = _Torch(device) if device.backend in TORCH else open_backend(
         device.backend, precision=device.precision, threads=device.threads)
     if not (folder / 'manifest.json').is_file():
         export_bundle(order, folder, partial(networks_to_time, samples=samples, seed=order.seed))
     manifest = read_manifest(folder)
-    _check_same(manifest, order, samples)
-    space = space_of(manifest)
+    space = _check_same(manifest, order, samples)
     if device.backend in TORCH:
         manifest = _Networks(manifest.folder, manifest.fingerprint, manifest.data, manifest.configurations, space)
     results, best, count = folder / 'results.jsonl', None, min(FIRST, samples)
@@ -117,9 +118,11 @@ def build_block_model(order: Order, device: Device, patterns: Sequence[str], sam
 
     tables = block_tables(problem.model, problem.space, problem.grid, blocks, lambda module, size: time(module, size).ms)
     rng = np.random.default_rng(order.seed)
-    networks = [{name: int(rng.choice(widths)) for name, widths in problem.grid.items()} for _ in range(samples)]
+    networks = [random_widths(problem.grid, rng) for _ in range(samples)]
     measured = [time(resize(copy.deepcopy(problem.model), problem.space, widths), problem.space.input_size) for widths in networks]
     notes = [f'{n} of {samples} whole networks were disturbed by other load'] if (n := sum(m.disturbed for m in measured)) else []
+    if tables.constant < 0:
+        notes.append(f'measured alone, the blocks take {-tables.constant:.4g} ms more than the whole network: that is taken off')
     ms, predicted = np.array([m.ms for m in measured]), predict(tables, networks)
     cells = sum(t.size for t in (*tables.unary.values(), *tables.pairwise.values()))
     about = {'kind': 'blocks', 'blocks': list(blocks), 'networks': cells, 'unknowns': cells, 'loop': dict(measured[0].loop),
@@ -130,16 +133,22 @@ def build_block_model(order: Order, device: Device, patterns: Sequence[str], sam
     return Fit(model, networks, ms, predicted, notes)
 
 
-def _check_same(manifest: Manifest, order: Order, samples: int) -> None:
-    """Refuses a bundle that was written for something else."""
-    wanted = {'model': order.model, 'batch': order.batch, 'precision': order.precision, 'seed': order.seed}
+def _check_same(manifest: Manifest, order: Order, samples: int) -> WidthSpace:
+    """Refuses a bundle that was written for something else; returns the width space of its network."""
+    network = make_network(order)
+    wanted = json.loads(json.dumps(describe_order(order, network)))
+    have = {name: manifest.data.get(name) for name in wanted}
+    if len(manifest.configurations) < samples:
+        wanted['samples'], have['samples'] = samples, len(manifest.configurations)
     for name, value in wanted.items():
-        if manifest.data.get(name) != value:
-            raise UsageError(f"'{manifest.folder}' holds a bundle with {name} {manifest.data.get(name)!r}, not {value!r}: "
-                             'give another folder')
-    if len(manifest.configurations) != samples:
-        raise UsageError(f"'{manifest.folder}' holds a bundle of {len(manifest.configurations)} networks, not {samples}: "
-                         'give another folder')
+        if have[name] != value:
+            raise UsageError(f"'{manifest.folder}' holds networks of another {name} ({_short(have[name])}, not {_short(value)}): "
+                             'remove that folder, or keep to what was measured')
+    return network.space
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) < 60 else f'{str(value)[:60]}...'
 
 
 class _Torch:

@@ -31,11 +31,12 @@ from ..grids import make_grid, squeezes
 from ..resize import resize
 from ..space import WidthSpace
 from ..trace import trace
+from .measure import TORCH
 from .onnx_graph import RecipeError, export_bytes, settle
 from .onnx_recipe import find_recipe
 from .runner.manifest import FORMAT, USES, read_manifest
 
-__all__ = ['Network', 'Order', 'export_bundle', 'make_network']
+__all__ = ['Network', 'Order', 'check_packages', 'describe_order', 'export_bundle', 'make_network']
 
 RUN = '''"""Measures this bundle: python run.py --backend onnxruntime (or tensorrt, trtexec, ...: --help lists them)."""
 import sys
@@ -124,6 +125,15 @@ def make_network(order: Order) -> Network:
     return Network(model, space, grid)
 
 
+def describe_order(order: Order, network: Network) -> dict[str, Any]:
+    """What a manifest says of an order, but for the files."""
+    model, space, grid = network
+    return {'architecture': space.architecture, 'model': order.model, 'model_args': _arguments(order),
+            'num_classes': model.num_classes, 'input_size': list(space.input_size), 'batch': order.batch,
+            'precision': order.precision, 'seed': order.seed, 'space': space.fingerprint,
+            'grid': {name: list(widths) for name, widths in grid.items()}}
+
+
 def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) -> str:
     """Writes a bundle, whole or not at all.
 
@@ -140,7 +150,8 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
         UsageError: Something cannot be worked with; then nothing is written.
     """
     _check(order, out, overwrite)
-    plain, space, grid = make_network(order)  # of which a search has the space; the exported one has other activations
+    network = make_network(order)
+    _, space, grid = network  # of which a search has the space; the exported one has other activations
     size = space.input_size
     configurations = [(use, {name: widths.get(name) for name in grid}) for use, widths in draw(space, grid)]
     for use, widths in configurations:
@@ -159,10 +170,7 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
     with _beside(out) as folder:
         recipe, files, why = _write_networks(order, largest, own, grid, configurations, images, folder)
         manifest = {
-            'format': FORMAT, 'architecture': space.architecture, 'model': order.model, 'model_args': _arguments(order),
-            'num_classes': plain.num_classes, 'input_size': list(size), 'batch': order.batch, 'precision': order.precision,
-            'seed': order.seed, 'space': space.fingerprint, 'grid': {name: list(widths) for name, widths in grid.items()},
-            'files': files, 'recipe': recipe,
+            'format': FORMAT, **describe_order(order, network), 'files': files, 'recipe': recipe,
             'configurations': [{'use': use, 'widths': list(widths.values())} for use, widths in configurations],
             'versions': {'timm_width': __version__, **{n: import_module(n).__version__ for n in ('timm', 'torch', 'onnx')}}}
         text = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in manifest.items())
@@ -224,7 +232,12 @@ def _check(order: Order, out: Path, overwrite: bool) -> None:
         json.dumps(dict(order.model_args))
     except (TypeError, ValueError):
         raise UsageError(f'--model-kwargs {dict(order.model_args)} cannot be written as JSON') from None
-    for name in ('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir'):
+    check_packages()
+
+
+def check_packages(backend: str = 'onnxruntime') -> None:
+    """Raises UsageError where a package is missing that a bundle for a backend needs; torch needs none."""
+    for name in ('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir') if backend not in TORCH else ():
         try:
             import_module(name)
         except ImportError:

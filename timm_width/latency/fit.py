@@ -17,6 +17,7 @@ from ..trace import trace
 from .model import PRIOR, SMOOTHNESS, SUFFIX, LatencyModel, fit_unknowns, predict, space_fingerprint, validate
 from .runner.manifest import Manifest
 from .runner.results import Results
+from .sampling import LEAST_VALID
 from .terms import Unknowns
 
 __all__ = ['STATISTICS', 'Fit', 'fit_results', 'plot', 'space_of']
@@ -25,7 +26,6 @@ STATISTICS = ('median', 'minimum', 'p20')  # of a network's samples
 NEIGHBOURS = 5  # measurements of the first network, whose median counts
 DRIFT = 0.03  # of the machine's speed, that is worth a word
 LEAST = 10  # networks to fit to
-LEAST_VALID = 5
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def fit_results(
         statistic: str = 'median',
         smoothness: float = SMOOTHNESS,
         prior: float = PRIOR,
-        networks: Optional[int] = None,
         steady: bool = True,
 ) -> Fit:
     """Fits a latency model to the networks measured to train, and validates it on those held out.
@@ -84,7 +83,6 @@ def fit_results(
         statistic: Which of a network's samples counts: their 'median', 'minimum' or 20th percentile, 'p20'.
         smoothness: K of `fit_unknowns`.
         prior: P of `fit_unknowns`.
-        networks: Fit to the first ones only.
         steady: Whether to bring timings to one speed.
 
     Raises:
@@ -99,7 +97,6 @@ def fit_results(
     speed = _speed(results, statistic) if steady else None
     if speed is not None and np.ptp(speed) > DRIFT:
         notes.append(f'the machine drifted by {np.ptp(speed):.0%} while it measured; timings are brought to its usual speed')
-    train = train[:networks]
     for rows, least, what in (train, LEAST, 'to fit to'), (valid, LEAST_VALID, 'to validate on'):
         if len(rows) < least:
             raise UsageError(f'{len(rows)} networks were measured {what}, and at least {least} are needed: measure more')
@@ -128,14 +125,16 @@ def fit_results(
 
 def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list, list, list[str]]:
     """Rows to fit to, rows to validate on, and what to say of them."""
-    notes: list[str] = []
-    calm = [row for row in rows if not row['disturbed']]
-    if len(calm) < len(rows):
-        kept = 2 * len(calm) >= len(rows)
-        notes.append(f'{len(rows) - len(calm)} of {len(rows)} timings were disturbed by other load and are '
-                     + ('left out' if kept else 'used all the same, being so many: measure again on a calmer machine'))
-        rows = calm if kept else rows
-    return *([row for row in rows if row['use'] == use] for use in ('train', 'valid')), notes
+    found, disturbed, left_out = {}, 0, 0
+    for use, least in ('train', LEAST), ('valid', LEAST_VALID):
+        every = [row for row in rows if row['use'] == use]
+        calm = [row for row in every if not row['disturbed']]
+        found[use] = calm if len(calm) >= max(least, len(every) / 2) else every
+        disturbed += len(every) - len(calm)
+        left_out += len(every) - len(found[use])
+    notes = [f'{disturbed} of {len(rows)} timings were disturbed by other load; {left_out} of them are left out'
+             + (', the others used, being so many: measure again on a calmer machine' if left_out < disturbed else '')]
+    return found['train'], found['valid'], notes if disturbed else []
 
 
 def _ms(row: Mapping[str, Any], statistic: str, speed: Optional[np.ndarray] = None) -> float:

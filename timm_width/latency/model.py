@@ -23,6 +23,8 @@ from scipy import optimize, sparse, stats
 from ..factors import Factors, Grid
 from ..space import WidthSpace, nearest
 from ..tables import Tables
+from .runner.base import PRECISIONS
+from .runner.manifest import load_json
 from .terms import Unknowns
 
 __all__ = ['LatencyError', 'LatencyModel', 'Validation', 'fit_unknowns', 'predict', 'space_fingerprint', 'validate']
@@ -179,10 +181,11 @@ class LatencyModel:
         """Writes the file, beside and then over what is there."""
         path = Path(path)
         beside = path.with_name(f'.{path.name}.saving')
-        beside.write_text(json.dumps(self._to_json(), indent=1))
+        beside.write_text(json.dumps(self.to_json(), indent=1))
         os.replace(beside, path)
 
-    def _to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """What the file says."""
         t = self.tables
         return {
             'timm_width_latency_model': FORMAT, 'unit': UNIT, 'architecture': self.architecture,
@@ -203,7 +206,7 @@ class LatencyModel:
         try:
             if Path(path).stat().st_size > MAX_BYTES:
                 raise LatencyError(f"'{path}' is no latency model: it has more than {MAX_BYTES >> 20} MB")
-            found = json.loads(Path(path).read_text())
+            found = load_json(Path(path).read_bytes(), 'it')
         except FileNotFoundError:
             raise LatencyError(f"latency model '{path}': there is no such file; timm-width latency fit makes one") from None
         except (OSError, ValueError) as e:
@@ -212,7 +215,7 @@ class LatencyModel:
             return cls._from_json(found)
         except LatencyError as e:
             raise LatencyError(f"'{path}': {e}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise LatencyError(f"'{path}' is no latency model, or a broken one ({type(e).__name__}: {e}); timm-width latency fit "
                                'makes them') from None
 
@@ -226,14 +229,24 @@ class LatencyModel:
                     widths) != sorted(set(widths)) or widths[0] < 1:
                 raise ValueError(f"the grid of '{name}' is not of ascending widths")
             grid[name] = tuple(widths)
-        tables = Factors(grid, _numbers(found['constant']).item(), {name: _numbers(t) for name, t in found['unary'].items()},
-                         {(a, b): _numbers(t) for a, b, t in found['pairwise']})
+        pairwise = {(a, b): _numbers(t) for a, b, t in found['pairwise']}
+        if len(pairwise) < len(found['pairwise']):
+            raise ValueError('two tables for the same groups')
+        unary = {name: _numbers(t) for name, t in found['unary'].items()}
+        tables = Factors(grid, _numbers(found['constant']).item(), unary, pairwise)
         batch = found['batch']
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f'batch {batch!r}')
+        if found['precision'] not in PRECISIONS:
+            raise ValueError(f"precision {found['precision']!r}")
+        threads = found['backend'].get('threads')
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(f'threads {threads!r}')
         size = tuple(int(n) for n in found['input_size'])
+        validation = Validation(**found['validation'])
+        _numbers(list(dataclasses.astuple(validation)))
         return cls(str(found['architecture']), size, str(found['space']), batch, str(found['precision']), dict(found['backend']),
-                   tables, Validation(**found['validation']), dict(found['about']))
+                   tables, validation, dict(found['about']))
 
     def __str__(self) -> str:
         where = ', '.join(str(self.backend[k]) for k in ('backend', 'device') if self.backend.get(k))
@@ -252,7 +265,10 @@ def _numbers(values: Any) -> np.ndarray:
     Raises:
         ValueError: They are not.
     """
-    table = np.array(values, dtype=np.float64)
+    table = np.array(values)
+    if table.dtype.kind not in 'if':
+        raise ValueError('a table with values that are no numbers')
+    table = table.astype(np.float64)
     if not np.isfinite(table).all():
         raise ValueError('a table with values that are not finite')
     return table

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..elimination import Elimination
-from ..factors import Factors, Grid
+from ..factors import Factors, Grid, random_widths
 from ..space import WidthSpace
 from .terms import Unknowns
 
-__all__ = ['biased_networks', 'networks_to_time']
+__all__ = ['LEAST_SAMPLES', 'LEAST_VALID', 'biased_networks', 'networks_to_time']
 
 VALID_EVERY = 10  # one network in so many is held out
+LEAST_VALID = 5
+LEAST_SAMPLES = VALID_EVERY * LEAST_VALID
 MAX_VALID = 200  # as many as the authors hold out
 TIE = 1e-3  # of a network's choices in all, far below one unknown: what is no matter to the bias is drawn
 
@@ -41,7 +43,7 @@ def networks_to_time(space: WidthSpace, grid: Grid, samples: int, seed: int = 0)
     ends = [{name: widths[i] for name, widths in grid.items()} for i in (-1, 0)]
     train = iter(biased_networks(Unknowns(space, grid), samples - valid, seed, ends))
     uses = ['valid' if (i + 1) % VALID_EVERY == 0 and i < VALID_EVERY * valid else 'train' for i in range(samples)]
-    return [(use, next(train) if use == 'train' else _uniform(grid, rng)) for use in uses]
+    return [(use, next(train) if use == 'train' else random_widths(grid, rng)) for use in uses]
 
 
 def biased_networks(unknowns: Unknowns, count: int, seed: int = 0, first: Sequence[Mapping[str, int]] = ()) -> list[dict[str, int]]:
@@ -68,7 +70,3 @@ def biased_networks(unknowns: Unknowns, count: int, seed: int = 0, first: Sequen
         found.append(plan.widths(state[:, 0]))
         seen += unknowns.rows(found[-1:]).sum(0).A1.astype(np.int64)
     return found
-
-
-def _uniform(grid: Grid, rng: np.random.Generator) -> dict[str, int]:
-    return {name: int(widths[rng.integers(len(widths))]) for name, widths in grid.items()}

@@ -290,7 +290,7 @@ class OWS(_OneShot):
                         self.grid, cost.pairwise), cost, limit) if wanted else None))
             except (SolveError, CostError) as e:
                 self._limits = []
-                other = '' if self.samples else f', or --{self.name}.solver exact'
+                other = f', or --{self.name}.solver exact' if isinstance(e, SolveError) and not self.samples else ''
                 raise PolicyError(f'{self.name}: {self.space.architecture}: {e}{other}') from e
         return self._limits
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..budget import Budget
-from ..factors import Grid
+from ..factors import Grid, random_widths
 from ..space import WidthSpace
 from ..supernet import Supernet
 
@@ -203,11 +203,6 @@ class Policy(ABC):
     def trains(cls) -> bool:
         """Whether it has a shared network to train."""
         return cls.train_step is not Policy.train_step
-
-
-def random_widths(grid: Grid, rng: np.random.Generator) -> dict[str, int]:
-    """Draws a width for every group, each entry of its grid equally likely."""
-    return {name: widths[rng.integers(len(widths))] for name, widths in grid.items()}
 
 
 def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[str, float]) -> dict[str, int]:
