@@ -196,12 +196,41 @@ def test_what_was_seen_too_seldom_is_interpolated_and_what_is_not_finite_left_ou
     assert [m.tolist() for m in means.means(10)] == [[0] * 4, [0] * 2]
 
 
-def test_moving_means_of_another_grid_or_window_are_not_loaded():
+def test_moving_means_of_another_grid_are_not_loaded():
     state = MovingMeans([3], 10)
     state.add(np.zeros((1, 10), dtype=int), np.ones(10))
-    for other in (MovingMeans([4], 10), MovingMeans([3], 5)):
-        with pytest.raises(ValueError, match='another grid or window'):
-            other.load_state_dict(state.state_dict())
+    with pytest.raises(ValueError, match='another grid'):
+        MovingMeans([4], 10).load_state_dict(state.state_dict())
+
+
+@pytest.mark.parametrize('before', [5, 30, 1000])
+@pytest.mark.parametrize('window', [1, 4, 30, 200])
+def test_a_window_that_is_made_shorter_keeps_the_last_values(before, window):
+    rng, history = np.random.default_rng(0), [[], [], []]
+    means = MovingMeans([3], before)
+    for i in range(12):
+        paths, values = rng.choice(3, size=(1, 17), p=[0.1, 0.2, 0.7]), rng.normal(size=17).astype(np.float32)
+        means.add(paths, values)
+        for k, v in zip(paths[0], values):
+            history[k].append(v)
+        if i == 6:
+            means.shorten(min(window, before))
+            history = [h[-min(window, before):] for h in history]
+        if i >= 6:
+            np.testing.assert_allclose(means.means(1)[0], [np.mean(h[-min(window, before):], dtype=np.float64) for h in history], rtol=1e-9)
+
+
+def test_aows_averages_the_share_of_an_epoch():
+    """Of 400 images and up to 8 widths, the last 50 of each; OWS, whose widths are all drawn alike, 100,000."""
+    for policy, options, window in ((AOWS, {}, 50), (AOWS, {'window': 7}, 7), (AOWS, {'seen': 60}, 60), (OWS, {}, 100_000), (OWS, {'window': 0}, 50)):
+        p = policy(SPACE, budgets(), GRID, policy.Options(**options))
+        assert max(map(len, GRID.values())) == 8
+        for epoch in range(2):
+            for update in range(4):
+                step = Alone(None, *batch(100), update)
+                p.learn(step, policy.paths(p, step), torch.zeros(100))
+            p.epoch_end(epoch)
+            assert p.estimates.window == window
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------------
@@ -411,7 +440,7 @@ def _process(rank, port, folder):
     distributed.init_process_group('gloo', rank=rank, world_size=2)
 
     class Suite(PolicyConformance):
-        policy, options, epochs = AOWS, {'seen': 1}, 4
+        policy, options, epochs = AOWS, {'seen': 1, 'window': 1000}, 4
 
         @staticmethod
         def arguments():
@@ -503,17 +532,17 @@ def test_defaults_are_those_of_the_paper(name):
     assert (policy.default_grid, policy.search_epochs, policy.mixup) == ('aows', 20, False)
     assert '"AOWS: Adaptive and Optimal Network Width Search With Latency Constraints"' in OWS.__doc__
     if name != 'greedy':
-        assert policy.Options().window == 100_000 and policy.Options().solver == 'lagrangian'
+        assert policy.Options().solver == 'lagrangian'
 
 
 @pytest.mark.parametrize('policy, options, says', [
-    (OWS, {'window': 0}, 'ows.window and aows.window must be at least 1, not 0'),
+    (OWS, {'window': -1}, 'ows.window and aows.window must be at least 0, not -1'),
     (OWS, {'seen': 0}, 'at least 1'),
     (OWS, {'solver': 'both'}, "must be lagrangian or exact, not 'both'"),
     (OWS, {'seconds': 0}, 'more than 0'),
     (OWS, {'seconds': math.nan}, 'more than 0'),
     (AOWS, {'sampling': 'ffbs'}, "must be marginal or joint, not 'ffbs'"),
-    (AOWS, {'window': -1}, 'at least 1'),
+    (AOWS, {'window': -1}, 'at least 0'),
     (Greedy, {'score': 'top1'}, "must be error or ratio, not 'top1'"),
     (Greedy, {'batches': -1}, 'at least 0'),
 ])

@@ -44,6 +44,14 @@ class MovingMeans:
             more = min(max(2 * have, length), self.window) - have
             self._last = np.pad(self._last, ((0, 0), (0, more)))
 
+    def shorten(self, window: int) -> None:
+        """From now on, only so many of the last values of each width count."""
+        kept = np.minimum(self.seen, min(window, self.window))
+        index = (self.seen - kept)[:, None] + np.arange(kept.max(initial=0))  # the oldest first
+        held = index < self.seen[:, None]
+        last = np.where(held, self._last[np.arange(len(index))[:, None], np.where(held, index, 0) % self.window], 0.)
+        self._last, self._sums, self.seen, self.window = last.astype(np.float32), last.sum(1, dtype=np.float64), kept, window
+
     def means(self, least: int) -> list[np.ndarray]:
         """For each group, the mean of every width; for one seen less than `least` times, interpolated from those seen as often."""
         means = self._sums / np.clip(self.seen, 1, self.window)
@@ -57,11 +65,12 @@ class MovingMeans:
         return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {'seen': torch.from_numpy(self.seen.copy()), 'sums': torch.from_numpy(self._sums.copy()),
-                'last': torch.from_numpy(self._last.copy())}
+        return {'window': torch.tensor(self.window), 'seen': torch.from_numpy(self.seen.copy()),
+                'sums': torch.from_numpy(self._sums.copy()), 'last': torch.from_numpy(self._last.copy())}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         seen, sums, last = (state[name].cpu().numpy().copy() for name in ('seen', 'sums', 'last'))
-        if seen.shape != self.seen.shape or sums.shape != seen.shape or last.shape[:1] != seen.shape or last.shape[1] > self.window:
-            raise ValueError('its moving means are of another grid or window')
-        self.seen, self._sums, self._last = seen, sums, last
+        window = int(state['window'])
+        if seen.shape != self.seen.shape or sums.shape != seen.shape or last.shape[:1] != seen.shape or last.shape[1] > window:
+            raise ValueError('its moving means are of another grid')
+        self.seen, self._sums, self._last, self.window = seen, sums, last, window

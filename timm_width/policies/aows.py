@@ -26,6 +26,8 @@ __all__ = ['AOWS', 'OWS', 'Greedy']
 EPOCHS = 20  # of the published schedule, which is stretched to --search-epochs
 UNIFORM = 5  # epochs before sampling adapts
 TEMPERATURES = {5: 1., 6: 1e-2, 10: 1e-3, 20: 5e-4}  # supplement, section B; log-linear between
+WINDOW = 100_000
+WINDOW_HELP = 'errors of each width that are averaged, the last ones; 0: as many as each gets in an epoch, 100,000 at most'
 ALIKE = 1e-6  # relative: outputs of masks and slices that differ by more are not equal
 
 
@@ -235,13 +237,13 @@ class OWS(_OneShot):
 
     @dataclass(frozen=True)
     class Options(_OneShot.Options):
-        window: int = option(100_000, 'errors of each width that are averaged: the last ones')
+        window: int = option(WINDOW, WINDOW_HELP)
         seen: int = option(10, 'errors of a width that make an estimate; one of fewer is interpolated from its neighbours')
         solver: str = option('lagrangian', 'lagrangian (as published, optimal up to the gap that is reported) or exact')
         seconds: float = option(300., 'most seconds of the exact solver, for each budget')
 
         def __post_init__(self):
-            for name, low in ('window', 1), ('seen', 1):
+            for name, low in ('window', 0), ('seen', 1):
                 if getattr(self, name) < low:
                     raise PolicyError(f'ows.{name} and aows.{name} must be at least {low}, not {getattr(self, name)}')
             if self.solver not in ('lagrangian', 'exact'):
@@ -262,13 +264,20 @@ class OWS(_OneShot):
         return network
 
     def _start(self) -> None:
-        self.estimates = MovingMeans([len(self.grid[name]) for name in self.free], self.options.window)
+        self.estimates = MovingMeans([len(self.grid[name]) for name in self.free], self.options.window or WINDOW)
+        self._images = 0  # of the first epoch
         self._limits: list[_Limited] = []
 
     def learn(self, step: Step, paths: np.ndarray, increase: torch.Tensor) -> None:
         everywhere = step.gather(torch.from_numpy(paths.T).to(increase.device)), step.gather(increase / len(paths))
         paths, values = (t.cpu().numpy() for t in everywhere)
         self.estimates.add(paths.T, values)
+        self._images += len(values)
+
+    def epoch_end(self, epoch: int) -> None:
+        if epoch == 0 and self.options.window == 0:
+            share = self._images // max(len(widths) for widths in self.grid.values())
+            self.estimates.shorten(min(max(share, self.options.seen), WINDOW))
 
     def errors(self) -> Factors:
         """Delta: the estimated share of each width in the increase of the error over that of the largest network."""
@@ -330,8 +339,9 @@ class AOWS(OWS):
     --search-epochs. By default every layer draws from its marginal alone, as the authors' code does; `sampling` joint draws
     whole networks. With several budgets, updates take turns.
 
-    What differs from the authors' code: see OWS. Estimates compare widths that were not sampled equally often, nor beside the
-    same neighbours; as with theirs, only the window corrects for that.
+    What differs from the authors' code: see OWS. Estimates compare widths that were not sampled equally often, nor at the same
+    time, nor beside the same neighbours; only the window corrects for that. Theirs, 100,000, is about an epoch's share of each
+    width on ImageNet (1.28 million images, 14 widths); on fewer images, an epoch's share is the default here, too.
     """
 
     learns_budget = True
@@ -339,6 +349,7 @@ class AOWS(OWS):
 
     @dataclass(frozen=True)
     class Options(OWS.Options):
+        window: int = option(0, WINDOW_HELP)
         sampling: str = option('marginal', 'marginal (each group for itself, as the authors) or joint')
 
         def __post_init__(self):
