@@ -520,7 +520,7 @@ def test_a_search_resumed_with_another_budget(searched, capsys, monkeypatch):
 
 def test_images_may_not_be_mixed(image_folder, tmp_path, capsys):
     assert cli.main(command(image_folder, tmp_path / 'x', '--mixup', '0.2', policy='ows')) == 2
-    assert 'cannot be used with --policy ows' in capsys.readouterr().err
+    assert 'cannot be used with the policy ows' in capsys.readouterr().err
 
 
 # -- names -------------------------------------------------------------------------------------------------------------------
