@@ -6,6 +6,7 @@ shows the order of calls and the flags, not that TensorRT takes them.
 import ctypes
 import enum
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from timm_width.latency.runner import ort
-from timm_width.latency.runner.backends import BACKENDS, open_backend
-from timm_width.latency.runner.base import check_outputs, inspect, make_inputs
+from timm_width.latency.runner.backends import open_backend
+from timm_width.latency.runner.base import check_outputs, gpu_name, inspect, make_inputs
 from timm_width.latency.runner.errors import RunnerError
 
 from .onnx_files import conv_file
@@ -90,6 +91,45 @@ def test_wrong_outputs(output, says):
     check_outputs([np.array([1., 2.05])], 'fp16', (wanted, wanted))
 
 
+# -- GPUs --------------------------------------------------------------------------------------------------------------------
+
+SMI = '''#!/bin/sh
+echo "0, GPU-aaaa1111, NVIDIA A100, 550.1"
+echo "1, GPU-bbbb2222, NVIDIA L4, 550.1"
+echo "2, GPU-aacc3333, NVIDIA T4, 550.1"
+'''
+
+
+@pytest.mark.parametrize('visible, index, name', [
+    (None, 0, 'NVIDIA A100'), (None, 2, 'NVIDIA T4'), (None, 3, None), ('1', 0, 'NVIDIA L4'), ('2,1', 0, 'NVIDIA T4'), ('2, 1', 1, 'NVIDIA L4'),
+    ('1', 1, None), ('GPU-bbbb2222', 0, 'NVIDIA L4'), ('GPU-aac,GPU-aaaa1', 0, 'NVIDIA T4'), ('', 0, None), ('MIG-5', 0, None), ('-1', 0, None)])
+def test_the_name_is_that_of_the_gpu_that_computes(visible, index, name, tmp_path, monkeypatch):
+    (tmp_path / 'nvidia-smi').write_text(SMI)
+    (tmp_path / 'nvidia-smi').chmod(0o755)
+    monkeypatch.setenv('PATH', f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    assert gpu_name(index) == ({'device': name, 'driver': '550.1'} if name else {'device': 'unknown GPU', 'driver': 'unknown'})
+
+
+@pytest.mark.parametrize('name', ['onnxruntime-cuda', 'onnxruntime-tensorrt', 'tensorrt'])
+def test_backends_name_the_gpu_of_their_number(name, fake, monkeypatch):
+    fake()
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: [*ort.PROVIDERS.values()])
+    monkeypatch.setattr(onnxruntime, 'preload_dlls', lambda: None, raising=False)
+    monkeypatch.setattr('timm_width.latency.runner.base.gpu_name', lambda index: {'device': f'number {index}'})
+    assert open_backend(name, device=3).describe()['device'] == 'number 3'
+    assert open_backend(name).describe()['device'] == 'number 0'
+    with pytest.raises(RunnerError, match='device must be the number of a GPU'):
+        open_backend(name, device=-1)
+
+
+def test_a_cpu_has_no_number():
+    with pytest.raises(RunnerError, match='onnxruntime computes on the CPU: device is for onnxruntime-cuda, onnxruntime-tensorrt'):
+        open_backend('onnxruntime', device=0)
+
+
 # -- ONNX Runtime ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('batch, half', [(2, False), (2, True), (None, False)])
@@ -122,8 +162,8 @@ def test_files_of_one_call_take_turns():
 
 def test_threads_are_those_asked_for(monkeypatch):
     seen, make = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, 'InferenceSession', lambda m, options, providers: seen.append(options.intra_op_num_threads) or make(
-        m, options, providers=providers))
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', lambda m, options, **kwargs: seen.append(options.intra_op_num_threads) or make(
+        m, options, **kwargs))
     for threads in (1, 2, None):
         open_backend('onnxruntime', threads=threads).measure(conv_file(1), **QUICK)
     assert seen == [1, 2, ort.usable_cpus()]
@@ -153,8 +193,39 @@ def test_onnxruntime_never_falls_back_to_the_cpu(monkeypatch):
     monkeypatch.setattr(onnxruntime, 'preload_dlls', lambda: None, raising=False)
     session = SimpleNamespace(get_providers=lambda: ['CPUExecutionProvider'])
     monkeypatch.setattr(onnxruntime, 'InferenceSession', lambda *a, **k: session)
-    with pytest.raises(RunnerError, match='CUDAExecutionProvider cannot be loaded, so that ONNX Runtime would compute on the CPU'):
+    with pytest.raises(RunnerError, match='CUDAExecutionProvider cannot be loaded, .* ONNX Runtime would compute on the CPU'):
         open_backend('onnxruntime-cuda').measure(conv_file(1), **QUICK)
+
+
+def test_onnxruntime_refuses_what_would_run_partly_on_the_cpu(monkeypatch):
+    """For real, with a provider that is loaded and has no convolution: it stands for CUDA's with one operation that this lacks."""
+    if 'AzureExecutionProvider' not in onnxruntime.get_available_providers():
+        pytest.skip('this onnxruntime has no second provider')
+    monkeypatch.setattr(onnxruntime, 'preload_dlls', lambda: None, raising=False)
+    monkeypatch.setitem(ort.PROVIDERS, 'onnxruntime-cuda', 'AzureExecutionProvider')
+    with pytest.raises(RunnerError, match='AzureExecutionProvider .* lacks an operation of the file, .* on the CPU'):
+        open_backend('onnxruntime-cuda').measure(conv_file(1), **QUICK)
+
+
+@pytest.mark.parametrize('name, providers', [
+    ('onnxruntime', [('CPUExecutionProvider', {})]), ('onnxruntime-cuda', [('CUDAExecutionProvider', {'device_id': '1'})]),
+    ('onnxruntime-tensorrt', [
+        ('TensorrtExecutionProvider', {'device_id': '1', 'trt_fp16_enable': 'False', 'trt_int8_enable': 'False'}),
+        ('CUDAExecutionProvider', {'device_id': '1'})])])
+def test_what_tensorrts_provider_lacks_runs_on_the_same_gpu(name, providers, monkeypatch):
+    """And nothing falls back, neither when a session is made nor when it runs."""
+    seen = {}
+
+    def session(model, options, **kwargs):
+        seen.update(kwargs, entry=name == 'onnxruntime' or options.get_session_config_entry('session.disable_cpu_ep_fallback'))
+        raise RuntimeError('seen enough')
+
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: [*ort.PROVIDERS.values()])
+    monkeypatch.setattr(onnxruntime, 'preload_dlls', lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
+    with pytest.raises(RunnerError, match='seen enough'):
+        open_backend(name, **({} if name == 'onnxruntime' else {'device': 1})).measure(conv_file(1), **QUICK)
+    assert seen == {'providers': providers, 'enable_fallback': 0, 'entry': name == 'onnxruntime' or '1'}
 
 
 def test_options_of_the_tensorrt_provider(monkeypatch):
@@ -174,7 +245,6 @@ def test_options_of_the_tensorrt_provider(monkeypatch):
 def test_wrong_names(name, options, says):
     with pytest.raises(RunnerError, match=says):
         open_backend(name, **options)
-    assert len(BACKENDS) == 5
 
 
 # -- TensorRT, a fake --------------------------------------------------------------------------------------------------------
@@ -182,10 +252,11 @@ def test_wrong_names(name, options, says):
 class Fake:
     """The names of tensorrt and of cuda.bindings.runtime that the backend uses; records what is called in `calls`."""
 
-    def __init__(self, version='10.9.0', precisions=('FP16', 'INT8'), wrong=0., cache_fits=True):
+    def __init__(self, version='10.9.0', precisions=('FP16', 'INT8'), wrong=0., cache_fits=True, builds=(2.,)):
         self.calls, self.version, self.wrong, self.cache_fits = [], version, wrong, cache_fits
         self.flags, self.level, self.memory, self.clock, self.capturing = [], None, {}, 0., False
         self.precisions, self.live, self.cache = precisions, 0, None
+        self.builds, self.device = [*builds], 5  # milliseconds of each engine, the last of all others; the GPU of others
 
     def modules(self):
         fake, calls = self, self.calls
@@ -247,6 +318,7 @@ class Fake:
         class Context:
             def __init__(self, model):
                 self.model, self.shape, self.at = model, None, {}
+                self.ms = fake.builds.pop(0) if len(fake.builds) > 1 else fake.builds[0]
 
             def set_input_shape(self, name, shape):
                 self.shape = shape
@@ -259,7 +331,7 @@ class Fake:
 
             def execute_async_v3(self, stream):
                 calls.append(('execute', fake.capturing))
-                fake.clock += 2.
+                fake.clock += self.ms
                 if not fake.capturing:
                     x = np.frombuffer(fake.memory[self.at['input']], np.float32).reshape(-1, 3, 8, 8)
                     fake.memory[self.at['output']][:] = (expected(self.model, x) + fake.wrong).astype(np.float32).tobytes()
@@ -291,6 +363,11 @@ class Fake:
                 ctypes.memmove(to, bytes(fake.memory[of]), size)
             return (0,)
 
+        def use(device):
+            fake.device = device
+            calls.append(('device', device))
+            return (0,)
+
         def capture(on):
             fake.capturing = on
             return (0, 'graph') if not on else (0,)
@@ -314,7 +391,7 @@ class Fake:
                 'cudaGraphInstantiate': lambda g, f: (0, 'ready'), 'cudaGraphLaunch': launch, 'cudaGraphDestroy': lambda g: (0,),
                 'cudaGraphExecDestroy': lambda g: (0,), 'cudaEventCreate': event, 'cudaEventDestroy': lambda e: (0,), 'cudaEventRecord': record,
                 'cudaEventSynchronize': lambda e: (0,), 'cudaEventElapsedTime': lambda a, b: (0, b['at'] - a['at']),
-                'cudaRuntimeGetVersion': lambda: (0, 12060)}.items():
+                'cudaGetDevice': lambda: (0, fake.device), 'cudaSetDevice': use, 'cudaRuntimeGetVersion': lambda: (0, 12060)}.items():
             setattr(cuda, name, do)
         bindings = ModuleType('cuda.bindings')
         bindings.runtime = cuda
@@ -343,7 +420,7 @@ def test_tensorrt_times_what_it_built(version, fake):
     model = conv_file(2)
     found = backend.measure(model, 2, (images(), expected(model, images())), **QUICK)
     assert found.batch_ms == 2 and found.ms == 1 and not f.memory
-    assert f.calls[:3] == [('build', None), ('network', 1 if version[0] == '8' else 0), ('builder_optimization_level', 3)]
+    assert f.calls[:4] == [('device', 0), ('build', None), ('network', 1 if version[0] == '8' else 0), ('builder_optimization_level', 3)]
     told = json.loads(json.dumps(backend.describe()))
     assert (told['tensorrt'], told['cuda'], told['level'], told['engines']) == (version, 12060, 3, 1)
 
@@ -399,9 +476,21 @@ def test_timing_caches_are_read_and_written(fake, tmp_path):
 
 
 def test_of_several_engines_the_middle_one_counts(fake):
-    f = fake()
+    f = fake(builds=(3., 1., 2.))
     found = open_backend('tensorrt', engines=3).measure(conv_file(1), **QUICK)
-    assert found.builds == (2, 2, 2) and names(f).count('build') == 3
+    assert found.builds == (1, 2, 3) and found.batch_ms == 2 and names(f).count('build') == 3
+
+
+def test_tensorrt_computes_on_the_gpu_asked_for_and_leaves_that_of_others(fake):
+    f = fake()
+    open_backend('tensorrt', device=3, engines=2).measure(conv_file(1), **QUICK)
+    assert [c[1] for c in f.calls if c[0] == 'device'] == [3, 3, 3, 5] and f.device == 5
+
+
+@pytest.mark.parametrize('version, typed', [('8.6.0', False), ('10.9.0', False), ('11.0.0', True)])
+def test_in_tensorrt_11_all_networks_are_strongly_typed(version, typed, fake):
+    fake(version=version)
+    assert open_backend('tensorrt').describe()['strongly_typed'] is typed
 
 
 @pytest.mark.parametrize('options, says', [({'engines': 2, 'timing_cache': 'x'}, 'same kernels'), ({'level': 6}, '0 to 5'), ({'engines': 0}, 'engines')])

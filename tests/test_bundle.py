@@ -17,12 +17,13 @@ onnx = pytest.importorskip('onnx', reason="needs the extra 'onnx'")
 pytest.importorskip('onnxruntime', reason="needs the extra 'onnx'")
 pytest.importorskip('onnxscript', reason="needs the extra 'onnx'")
 
+from timm_width.latency import onnx_graph  # noqa: E402
 from timm_width.latency.onnx_graph import RecipeError  # noqa: E402
 from timm_width.latency.runner.backends import open_backend  # noqa: E402
 from timm_width.latency.runner.errors import RunnerError  # noqa: E402
 from timm_width.latency.runner.main import GIVE_UP, REFERENCE, main, measure_bundle  # noqa: E402
 from timm_width.latency.runner.manifest import read_manifest  # noqa: E402
-from timm_width.latency.runner.results import read_results, scan_results  # noqa: E402
+from timm_width.latency.runner.results import scan_results  # noqa: E402
 from timm_width.latency.runner.timing import Timing  # noqa: E402
 
 SAMPLES = 12
@@ -72,7 +73,7 @@ def test_what_is_in_a_bundle(exported):
     assert all(p.read_bytes() == (here / p.name).read_bytes() for p in (exported / 'runner').iterdir())
     data = json.loads((exported / 'manifest.json').read_text())
     assert (data['architecture'], data['input_size'], data['num_classes'], data['batch'], data['precision']) == (
-        'test_resnet', [3, 32, 32], 5, 1, 'float32')
+        'test_resnet', [3, 32, 32], 5, 1, 'fp32')
     manifest = read_manifest(exported)
     assert len(manifest.configurations) == SAMPLES and {c.use for c in manifest.configurations} == {'train', 'valid'}
     assert all(w in data['grid'][name] for c in manifest.configurations for name, w in c.widths.items())
@@ -85,7 +86,8 @@ def test_the_runner_runs_alone_and_measures_each_configuration_once(bundle):
     assert done.returncode == 0, done.stderr
     assert f'{SAMPLES} of {SAMPLES} configurations measured' in done.stdout
     assert f'{SAMPLES}/{SAMPLES} (' in done.stderr and 'left' in done.stderr
-    header, rows = read_results(bundle / 'results.jsonl', read_manifest(bundle))
+    found = scan_results(bundle / 'results.jsonl', read_manifest(bundle))
+    header, rows = found.header, found.rows
     assert [row['index'] for row in rows] == list(range(SAMPLES))
     assert all(row['ms'] > 0 and row['use'] == c.use for row, c in zip(rows, read_manifest(bundle).configurations))
     assert header['backend']['threads'] == 1 and header['batch'] == 1 and header['host']['numpy']
@@ -107,8 +109,7 @@ def test_a_killed_run_goes_on_where_it_was(bundle):
     assert 0 < len(killed) < SAMPLES
     with open(results, 'ab') as file:
         file.write(b'{"index": 7, "use": "tra')
-    _, rows = read_results(results)
-    assert [r['index'] for r in rows] == killed  # stopping early is fine, as is a line that was cut off
+    assert [r['index'] for r in scan_results(results).rows] == killed  # stopping early is fine, as is a line that was cut off
     done = subprocess.run([*command(bundle), '--seconds', '0.2', '--limit', '8'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert measured(results) == list(range(8))
@@ -133,9 +134,27 @@ def test_float16(tmp_path):
     out = tmp_path / 'half'
     assert cli.main([*EXPORT, '--samples', '2', '--fp16', '--batch', '2', '--out', str(out)]) == 0
     assert main(QUICK, out) == 0
-    header, rows = read_results(out / 'results.jsonl')
-    assert header['precision'] == 'fp16' and len(rows) == 2 and rows[0]['batch'] == 2
+    found = scan_results(out / 'results.jsonl')
+    rows = found.rows
+    assert found.header['precision'] == 'fp16' and len(rows) == 2 and rows[0]['batch'] == 2
     assert rows[0]['ms'] == pytest.approx(rows[0]['batch_ms'] / 2)
+
+
+def test_of_a_float16_bundle_only_the_largest_network_is_tried_for_overflows(tmp_path, monkeypatch):
+    """On a few images; the narrower ones are parts of it."""
+    tried = []
+    monkeypatch.setattr(onnx_graph, 'check_range', lambda path, images: tried.append(len(images)))
+    assert cli.main([*EXPORT, '--samples', '2', '--fp16', '--batch', '64', '--out', str(tmp_path / 'half')]) == 0
+    assert tried == [onnx_graph.FEW]
+
+
+def test_a_grid_with_groups_of_one_width(tmp_path):
+    out = tmp_path / 'b'
+    flags = ['latency', 'export', 'test_resnet', '--grid', '0.75,1', '--img-size', '32', '--num-classes', '5', '--samples', '3']
+    assert cli.main([*flags, '--out', str(out)]) == 0
+    grid = read_manifest(out).data['grid']
+    assert {len(w) for w in grid.values()} == {1, 2} and not (out / 'networks').exists()
+    assert main(QUICK, out) == 0 and len(scan_results(out / 'results.jsonl').rows) == 3
 
 
 def test_a_net_that_cannot_be_cut_is_exported_file_by_file(tmp_path, capsys, monkeypatch):
@@ -150,12 +169,14 @@ def test_a_net_that_cannot_be_cut_is_exported_file_by_file(tmp_path, capsys, mon
     assert 'exported one by one (weights depend' in capsys.readouterr().out
     assert len(list((tmp_path / 'b' / 'networks').iterdir())) == 2
     assert main(QUICK, tmp_path / 'b') == 0
-    assert len(read_results(tmp_path / 'b' / 'results.jsonl')[1]) == 2
+    assert len(scan_results(tmp_path / 'b' / 'results.jsonl').rows) == 2
 
 
 @pytest.mark.parametrize('flags, said', [
     (['--samples', '0'], '--samples must be at least 1'),
     (['--samples', '2', '--batch', '0'], '--batch must be at least 1'),
+    (['--samples', '2', '--batch', '1000000000'], '--batch 1000000000: that many images'),
+    (['--samples', '2', '--img-size', '100000'], 'too large'),
     (['--samples', '2', '--num-classes', '0'], '--num-classes must be at least 1'),
     (['--samples', '2', '--grid', '1'], 'nothing to compare'),
     (['--samples', '2', '--grid', 'nothing'], 'is not a grid'),
@@ -219,7 +240,7 @@ def test_configurations_that_fail_do_not_cost_the_others(bundle):
     assert f'{SAMPLES - 2} of {SAMPLES} configurations measured, 2 failed (the first: cannot run call 0)' in said
     found = scan_results(results)
     assert [row['index'] for row in found.failed] == [0, 3]
-    assert [row['index'] for row in read_results(results)[1]] == [i for i in range(SAMPLES) if i not in (0, 3)]
+    assert [row['index'] for row in scan_results(results).rows] == [i for i in range(SAMPLES) if i not in (0, 3)]
     backend = Fake()
     measure_bundle(read_manifest(bundle), backend, results)
     assert backend.calls == 0  # they are not tried again
@@ -230,8 +251,7 @@ def test_if_the_first_all_fail_it_stops_and_may_begin_again(bundle):
     with pytest.raises(RunnerError, match=f'the first {GIVE_UP} configurations all failed.*cannot run call {GIVE_UP - 1}'):
         measure_bundle(read_manifest(bundle), backend, results)
     assert backend.calls == GIVE_UP
-    with pytest.raises(RunnerError, match='no measured configuration.*cannot run call 0'):
-        read_results(results)
+    assert not any('index' in row for row in lines(results))
     measure_bundle(read_manifest(bundle), Fake(name='mended'), results)
     assert measured(results) == list(range(SAMPLES)) and lines(results)[0]['backend']['backend'] == 'mended'
 
@@ -265,9 +285,66 @@ def test_a_configuration_that_kills_the_program_twice_is_given_up(bundle):
     assert 'killed' in scan_results(results).failed[0]['error']
 
 
+def test_the_death_of_the_device_costs_no_configuration(bundle):
+    """After five in a row, a network that was measured is tried: it fails, so nothing is said of the five, and the next run has them."""
+    results, manifest = bundle / 'r.jsonl', read_manifest(bundle)
+    backend = Fake(fails=range(3, 100))
+    with pytest.raises(RunnerError, match=f'the last {GIVE_UP} configurations failed, and so does 0.*cannot run call 8'):
+        measure_bundle(manifest, backend, results)
+    assert backend.calls == 3 + GIVE_UP + 1 and measured(results) == [0, 1, 2] and lines(results)[-1] == {'stopped': 3}
+    with pytest.raises(RunnerError, match='the last 1 configurations failed'):
+        measure_bundle(manifest, Fake(fails=range(100)), results, limit=4)
+    measure_bundle(manifest, Fake(), results)
+    found = scan_results(results)
+    assert [row['index'] for row in found.rows] == list(range(SAMPLES)) and not found.failed
+
+
+@pytest.mark.parametrize('first, last', [(3, 10), (9, 12), (11, 12)])
+def test_many_networks_that_fail_in_a_row_are_failed_if_the_device_works(bundle, first, last):
+    """Also the last ones, after which no other is measured."""
+    manifest, results = read_manifest(bundle), bundle / 'r.jsonl'
+    bad = [manifest.network(i) for i in range(first, last)]
+
+    class Limited(Fake):
+        def measure(self, model, batch, **loop):
+            if model in bad:
+                raise RuntimeError('too wide')
+            return super().measure(model, batch, **loop)
+
+    measure_bundle(manifest, Limited(), results)
+    found = scan_results(results)
+    assert [row['index'] for row in found.failed] == [*range(first, last)] and len(found.rows) == SAMPLES - (last - first)
+
+
+def test_a_run_that_ended_in_good_order_counts_as_no_kill(bundle):
+    """A configuration that kills the program is given up after two kills, however many runs were ended before it."""
+    results, manifest = bundle / 'r.jsonl', read_manifest(bundle)
+
+    class Crash(BaseException):
+        """What no runner can catch."""
+
+    class Deadly(Fake):
+        def measure(self, model, batch, **loop):
+            if model == manifest.network(4):
+                raise Crash
+            return super().measure(model, batch, **loop)
+
+    for limit in (2, 4):
+        measure_bundle(manifest, Fake(), results, limit=limit)
+        assert lines(results)[-1] == {'stopped': limit}
+    for _ in range(2):
+        with pytest.raises(Crash):
+            measure_bundle(manifest, Deadly(), results)
+        assert not scan_results(results).failed
+    measure_bundle(manifest, Deadly(), results)
+    assert [row['index'] for row in scan_results(results).failed] == [4]
+    measure_bundle(manifest, Deadly(), results)
+    assert sorted(measured(results)) == list(range(SAMPLES))
+
+
 def test_a_run_stopped_by_hand_twice_gives_nothing_up(bundle):
     results, manifest = bundle / 'r.jsonl', read_manifest(bundle)
-    for stop in (4, 2, 2):  # in the later ones, the first call is the reference
+    for stop in (4, 2, 2, 1, 1, 1):  # in the later ones, the first call is the reference
         with pytest.raises(KeyboardInterrupt):
             measure_bundle(manifest, Fake(stop=stop), results)
     measure_bundle(manifest, Fake(), results)
@@ -327,6 +404,14 @@ MANIFESTS = {
     'empty grid': lambda d: d.update(grid={}),
     'grid not ascending': lambda d: d['grid'].update({next(iter(d['grid'])): [8, 4]}),
     'huge batch': lambda d: d.update(batch=10 ** 9),
+    'no model': lambda d: d.pop('model'),
+    'model of a number': lambda d: d.update(model=5),
+    'no classes': lambda d: d.pop('num_classes'),
+    'classes of nothing': lambda d: d.update(num_classes=None),
+    'no class': lambda d: d.update(num_classes=0),
+    'no arguments': lambda d: d.pop('model_args'),
+    'arguments of a list': lambda d: d.update(model_args=[]),
+    'versions of a list': lambda d: d.update(versions=['1']),
     'batch of text': lambda d: d.update(batch='1'),
     'input size': lambda d: d.update(input_size=[3, 32]),
     'precision': lambda d: d.update(precision='int4'),
@@ -386,6 +471,10 @@ ROWS = {
     'negative': [row(batch_ms=-1., ms=-1.)],
     'zero': [row(batch_ms=0., ms=0.)],
     'text': [row(ms='1')],
+    'huge': [row(ms=10 ** 400)],
+    'huge time': [row(batch_ms=10 ** 400)],
+    'huge batch': [row(batch=10 ** 400)],
+    'no percentiles': [row(percentiles={})],
     'another ms': [row(ms=2.)],
     'another batch': [row(batch=2, ms=.5)],
     'twice': [row(), row()],
@@ -399,6 +488,8 @@ ROWS = {
     'error without a reason': [{'index': 1, 'use': 'train', 'error': None}],
     'a list': [[1]],
     'a broken reference': [{'reference': 1, 'ms': 1.}],
+    'a reference of text': [{'reference': '1', **Timing.of([1., 1., 1.]).to_json()}],
+    'a reference of more than there are': [{'reference': 99, **Timing.of([1., 1., 1.]).to_json()}],
     'unknown retry': [{'retry': 10 ** 9}],
 }
 
@@ -407,39 +498,42 @@ ROWS = {
 def test_broken_results_are_refused(bundle, fault):
     results, manifest = bundle / 'r.jsonl', read_manifest(bundle)
     measure_bundle(manifest, Fake(), results, limit=1)
-    assert len(read_results(results, manifest)[1]) == 1
+    assert len(scan_results(results, manifest).rows) == 1
+    before = len(lines(results))
     with open(results, 'a') as file:
         file.writelines(json.dumps(r) + '\n' for r in ROWS[fault])
     for check in (manifest, None):
-        with pytest.raises(RunnerError, match=f"line {2 + len(ROWS[fault])} of '"):
-            read_results(results, check)
+        with pytest.raises(RunnerError, match=f"line {before + len(ROWS[fault])} of '"):
+            scan_results(results, check)
 
 
 def test_results_of_another_bundle_or_of_nothing_are_refused(bundle):
     results, manifest = bundle / 'r.jsonl', read_manifest(bundle)
     with pytest.raises(RunnerError, match='cannot be read'):
-        read_results(results)
+        scan_results(results)
     measure_bundle(manifest, Fake(), results, limit=3)
     text = results.read_bytes()
     whole = text.splitlines(keepends=True)
-    for broken in (b'', text[:20], b''.join(whole[1:]), whole[0], whole[0] + whole[1][:-20] + b'\n' + whole[2], b'\0' * 50 + b'\n'):
+    for broken in (b'', text[:20], b''.join(whole[1:]), whole[0] + whole[1][:-20] + b'\n' + whole[2], b'\0' * 50 + b'\n'):
         results.write_bytes(broken)
         with pytest.raises(RunnerError):
-            read_results(results)
+            scan_results(results)
     header = json.loads(whole[0])
     for change in ({'format': 2}, {'configurations': 0}, {'batch': '1'}, {'backend': None}):
         results.write_bytes(json.dumps({**header, **change}).encode() + b'\n' + b''.join(whole[1:]))
         with pytest.raises(RunnerError):
-            read_results(results)
+            scan_results(results)
     results.write_bytes(text)
     edit(bundle, lambda d: d.update(architecture='other'))
     with pytest.raises(RunnerError, match='another bundle'):
-        read_results(results, read_manifest(bundle))
+        scan_results(results, read_manifest(bundle))
 
 
 def test_backends_that_are_not_there_are_named(bundle, capsys):
-    assert main(['--backend', 'onnxruntime', '--device', '3', '--limit', '0'], bundle) == 2
+    assert main(['--backend', 'onnxruntime', '--limit', '0'], bundle) == 2
     assert '--limit' in capsys.readouterr().err
+    assert main(['--backend', 'onnxruntime', '--device', '0'], bundle) == 2
+    assert 'onnxruntime computes on the CPU: device is for onnxruntime-cuda' in capsys.readouterr().err
     assert main(['--backend', 'trtexec', '--program', 'no_such_program'], bundle) == 2
     assert 'no_such_program' in capsys.readouterr().err
     with pytest.raises(RunnerError):

@@ -204,6 +204,19 @@ def test_a_broken_model_is_refused(how, folder, capsys):
     assert sorted(f.name for f in folder.iterdir()) == ['config.json', 'model.safetensors']
 
 
+def test_an_overflow_is_looked_for_in_little_memory(folder, tmp_path, monkeypatch):
+    """In every activation, once, but never in more of them at a time than PROBE_BYTES hold, or in a single larger one."""
+    net, seen, limit = timm.create_model('test_resnet').eval(), [], 10 ** 5
+    onnx_file.write_onnx(net, torch.randn(2, 3, 64, 64), tmp_path / 'm.onnx')
+    run_onnx = onnx_file.run_onnx
+    monkeypatch.setattr(onnx_file, 'PROBE_BYTES', limit)
+    monkeypatch.setattr(onnx_file, 'run_onnx', lambda *args: seen.append([v.nbytes for v in run_onnx(*args)]) or run_onnx(*args))
+    onnx_file.check_range(tmp_path / 'm.onnx', torch.randn(2, 3, 64, 64).numpy())
+    computed = [n for node in onnx.load(tmp_path / 'm.onnx').graph.node if node.op_type != 'Constant' for n in node.output]
+    assert sum(map(len, seen)) == len(computed) and max(map(len, seen)) > 1
+    assert all(sum(sizes) <= limit or len(sizes) == 1 for sizes in seen)
+
+
 def test_a_file_that_computes_something_else_is_not_written(folder, monkeypatch, capsys):
     """Not in place of an older one either."""
     (folder / 'model.onnx').write_text('older')

@@ -13,10 +13,11 @@ import yaml
 
 import timm_width
 from timm_width import cli, target
+from timm_width.data import UsageError
 from timm_width.grids import make_grid
 from timm_width.latency import build
 from timm_width.latency.bundle import Order, export_bundle
-from timm_width.latency.fit import fit_results
+from timm_width.latency.fit import fit_results, space_of
 from timm_width.latency.model import LatencyModel
 from timm_width.latency.runner.manifest import read_manifest
 from timm_width.latency.runner.results import Results
@@ -127,6 +128,19 @@ def test_too_few_timings_are_refused(measured, count, message, bundle, tmp_path,
     assert message in capsys.readouterr().err and not (tmp_path / 'm.json').exists()
 
 
+@pytest.mark.parametrize('change', [
+    {'model': 'hf-hub:timm/resnet18.a1_in1k'}, {'model': 'HF_HUB:timm/resnet18.a1_in1k'}, {'model_args': {'pretrained': True}},
+    {'model_args': {'checkpoint_path': '/etc/passwd'}}, {'model_args': {'pretrained_cfg': {'url': 'x'}}},
+    {'model_args': {'pretrained_cfg_overlay': {'file': 'x'}}}, {'model_args': {'num_classes': 3}}, {'model_args': {'inputs': 3}}])
+def test_a_bundle_from_elsewhere_makes_nothing_be_fetched(measured, bundle, change, monkeypatch):
+    """Nor built: it is refused before."""
+    manifest = read_manifest(bundle)
+    assert space_of(manifest).fingerprint == measured[2].fingerprint
+    monkeypatch.setattr('timm_width.latency.fit.create', lambda *args, **kwargs: pytest.fail('it was built'))
+    with pytest.raises(UsageError, match='nothing is fetched or loaded for a bundle'):
+        space_of(replace(manifest, data={**manifest.data, **change}))
+
+
 @pytest.mark.parametrize('change, message', [
     ({'ms': float('nan')}, 'NaN'), ({'ms': -1.}, 'ms must be'), ({'ms': None}, ''), ({'batch_ms': 0.}, 'above zero'),
 ])
@@ -155,7 +169,7 @@ def test_wrong_flags_of_fit_are_refused(measured, bundle, tmp_path, monkeypatch,
 @pytest.fixture
 def quick(monkeypatch):
     """Times that are measured, but not for long."""
-    monkeypatch.setattr(build, 'LOOP', QUICK)
+    monkeypatch.setattr(build, 'BRIEF', QUICK)
     monkeypatch.setattr(build, 'FIRST', 60)
     monkeypatch.setattr(build, 'BLOCK_SAMPLES', 3)
     monkeypatch.setattr(target, 'measure_many', partial(target.measure_many, **QUICK))

@@ -13,7 +13,8 @@ from timm_width import cli, latency, output, report
 from timm_width.data import UsageError
 from timm_width.latency import Measurement, measure, measure_many
 from timm_width.latency import measure as measure_function
-from timm_width.latency.measure import BACKEND_NAMES, check_backend, describe_device, usual_batch
+from timm_width.latency.measure import BACKEND_NAMES, check_backend, describe, usual_batch
+from timm_width.latency.runner.backends import BACKENDS
 from timm_width.latency.runner.errors import RunnerError
 from timm_width.onnx_file import write_onnx
 
@@ -47,6 +48,7 @@ def test_a_measurement_says_all_that_repeats_it(backend):
     found = measure(model, (3, 32, 32), backend, batch=2, threads=1, **QUICK)
     assert 0 < found.ms == found.batch_ms / 2 == found.timing.ms and found.timing.runs == 3
     assert (found.precision, found.batch, found.input_size) == ('fp32', 2, (3, 32, 32))
+    assert found.backend['precision'] == found.precision
     assert found.backend['backend'] == backend and found.backend['threads'] == 1 and found.backend['device'] and found.backend['python']
     assert found.loop == {'warmup': 3, 'runs': 3, 'seconds': 0, 'max_spread': 0.1, 'attempts': 1}
     assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -145,7 +147,7 @@ def test_broken_onnx_files(content, says, tmp_path):
     ({'input': (3, 32)}, r'input must be \(channels, height, width\)'), ({'input': (3, 0, 32)}, 'input must be'), ({'input': 'abc'}, 'input must be'),
     ({'input': (1, 32, 32)}, r'cannot run on images of \(1, 32, 32\)'), ({'preset': 'aows-cpus'}, "did you mean 'aows-cpu'"),
     ({'precision': 'fp16'}, "fp16 on CUDA only, not on 'cpu'"), ({'precision': 'bf16'}, "fp32 or fp16, not 'bf16'"),
-    ({'device': 'cud'}, "device 'cud' cannot be used"), ({'threads': 0}, 'threads must be'), ({'runs': 0}, 'runs must be'),
+    ({'device': 'cud'}, "device 'cud' cannot be used"), ({'device': 'cuda:x', 'backend': 'trtexec'}, 'which GPU'), ({'threads': 0}, 'threads must be'), ({'runs': 0}, 'runs must be'),
     ({'level': 3}, "unknown option of torch 'level'"), ({'backend': 'onnxruntime', 'levl': 3}, "did you mean 'level'"),
     ({'backend': 'onnxruntime', 'device': 'cuda'}, "onnxruntime does not compute on 'cuda'"),
     ({'backend': 'onnxruntime', 'precision': 'int8'}, 'int8 needs a quantized ONNX file')])
@@ -169,11 +171,35 @@ def test_presets_are_what_is_done(preset, batch, monkeypatch):
     """And what is said besides goes before them."""
     seen = {}
     monkeypatch.setattr(module, 'time_calls', lambda calls, **options: seen.update(options) or {'model': None})
-    monkeypatch.setattr(module, 'LOOP', ('warmup', 'runs', 'seconds'))
-    module.time_calls.__kwdefaults__ = {'warmup': 3, 'runs': 15, 'seconds': 0.05}
     measure(Tiny(), (3, 16, 16), preset=preset)
-    assert seen == {'warmup': 10, 'runs': 60, 'seconds': 0, 'batch': batch}
+    assert seen == {'warmup': 10, 'runs': 60, 'seconds': 0, 'batch': batch, 'max_spread': 0.1, 'attempts': 3}
     assert measure(Tiny(), (3, 16, 16), preset=preset, batch=3, runs=7).batch == 3 and (seen['runs'], seen['warmup']) == (7, 10)
+
+
+@pytest.mark.parametrize('device, number', [('cuda', None), ('cuda:0', 0), ('cuda:3', 3)])
+def test_the_number_of_the_gpu_reaches_the_backend(device, number, monkeypatch):
+    """The same for what is measured, what is described, and what is checked before."""
+    seen = []
+
+    class Opened:
+        def __init__(self, name, **options):
+            seen.append(options.get('device'))
+
+        def loop(self, given):
+            return given
+
+        def describe(self):
+            return {}
+
+        def measure_all(self, *args, **loop):
+            return {}
+
+    monkeypatch.setattr(module, 'open_backend', Opened)
+    measure_many({'a': Tiny()}, (3, 8, 8), 'onnxruntime-cuda', device=device)
+    check_backend('tensorrt', device=device)
+    describe('trtexec', device=device)
+    check_backend('onnxruntime', device=device)
+    assert seen == [number] * 3 + [None]
 
 
 def test_what_is_not_installed_is_known_before_hours_of_training(monkeypatch):
@@ -201,7 +227,7 @@ def test_train_prints_the_base_beside_and_marks_what_was_disturbed(monkeypatch, 
     monkeypatch.setattr(output, 'measure_many', lambda *a: measure_many(*a, runs=4, seconds=0, attempts=1, max_spread=0))
     output._time(model, args, {'input_size': (3, 32, 32)})
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0].startswith('latency (onnxruntime, fp32, batch 2, ') and describe_device('cpu')['device'] in lines[0]
+    assert lines[0].startswith('latency (onnxruntime, fp32, batch 2, ') and describe('torch')['device'] in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ['test_resnet_width', 'test_resnet'] and '100.0%' in lines[2]
     assert all('±' in line and 'disturbed' in line for line in lines[1:])
 
@@ -229,5 +255,5 @@ def test_on_a_gpu(backend, precision):
     assert found.batch == 16 and found.ms > 0 and 'tf32' in found.backend or backend != 'torch'
 
 
-def test_all_backends_have_names():
-    assert BACKEND_NAMES[:3] == ('torch', 'torch-compile', 'onnxruntime') and len(BACKEND_NAMES) == 7
+def test_all_backends_of_the_runner_can_be_named():
+    assert set(BACKENDS) < set(BACKEND_NAMES) and len(set(BACKEND_NAMES)) == len(BACKEND_NAMES)

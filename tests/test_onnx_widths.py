@@ -32,7 +32,7 @@ SIZE = (3, 48, 48)
 
 
 @cache
-def cut(name: str, precision: str = 'float32') -> SimpleNamespace:
+def cut(name: str, precision: str = 'fp32') -> SimpleNamespace:
     """A model at the largest widths of a small grid, its file and its recipe."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, exportable=True).eval()
@@ -50,7 +50,7 @@ def draw(grid, seed):
     return {name: int(rng.choice(widths)) for name, widths in grid.items()}
 
 
-def fresh(c, widths, precision='float32'):
+def fresh(c, widths, precision='fp32'):
     return export_bytes(resize(copy.deepcopy(c.model), c.space, widths), c.images, precision)
 
 
@@ -98,12 +98,31 @@ def test_slices_do_not_depend_on_what_was_sliced_before():
 
 
 def test_float16_files_are_sliced_alike():
-    c = cut('test_efficientnet', 'float16')
+    c = cut('test_efficientnet', 'fp16')
     widths = draw(c.grid, 7)
     found = SlicedModel(c.file, c.recipe).at(widths)
-    assert told(found) == told(fresh(c, widths, 'float16'))
+    assert told(found) == told(fresh(c, widths, 'fp16'))
     kinds = {t.data_type for t in onnx.load_model_from_string(found).graph.initializer if len(t.dims) == 4}
     assert kinds == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize('single', [True, False])
+def test_groups_of_a_single_width_may_be_named_at_it(single):
+    """A grid lists them, too; at any other width they would be what the file is not."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=5, exportable=True).eval()
+    space, images = trace(model, SIZE), torch.randn(2, *SIZE)
+    grid = make_grid(space, '0.75,1')
+    fixed = [n for n, w in grid.items() if len(w) == 1]
+    assert fixed and len(fixed) < len(grid)
+    file, recipe = find_recipe(settle(model, images), space, grid, images)
+    sliced = SlicedModel(file, recipe)
+    if single:
+        widths = {n: w[0] for n, w in grid.items()}
+        assert set(sliced.largest) == {'', *grid} and told(sliced.at(widths)) == told(export_bytes(resize(model, space, widths), images))
+    else:
+        with pytest.raises(RunnerError, match='must be a multiple of'):
+            sliced.at({fixed[0]: grid[fixed[0]][0] - space[fixed[0]].unit})
 
 
 def without(recipe, kind, at):

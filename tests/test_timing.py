@@ -129,7 +129,9 @@ def test_json_and_back():
     ({'batch_ms': -1.}, 'batch_ms'), ({'batch_ms': float('nan')}, 'batch_ms'), ({'mean': float('inf')}, 'mean'), ({'minimum': 0}, 'minimum'),
     ({'mean': '1'}, 'mean'), ({'batch': 0}, 'batch'), ({'runs': 1.5}, 'runs'), ({'batch': True}, 'batch'), ({'spread': -1}, 'spread'),
     ({'disturbed': 1}, 'disturbed'), ({'percentiles': [1]}, 'percentiles'), ({'percentiles': {'50': None}}, 'percentile 50'),
-    ({'builds': [0.]}, 'build 0'), ({'extra': 1}, 'extra'), ({'mean': ...}, 'mean'), ({'batch_ms': 10 ** 400}, 'batch_ms')])
+    ({'builds': [0.]}, 'build 0'), ({'extra': 1}, 'extra'), ({'mean': ...}, 'mean'), ({'batch_ms': 10 ** 400}, 'batch_ms'),
+    ({'batch': 10 ** 400}, 'batch'), ({'percentiles': {}}, '5 is missing'),
+    ({'percentiles': {str(p): 1. for p in (5, 20, 50, 80, 95)}}, '99 is missing')])
 def test_wrong_files(change, says):
     said = {k: v for k, v in {**Timing.of([1., 2.]).to_json(), **change}.items() if v is not ...}
     with pytest.raises(RunnerError, match=says):

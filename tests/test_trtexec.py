@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 import pytest
 
+from timm_width.latency import measure
 from timm_width.latency.runner import trtexec
 from timm_width.latency.runner.backends import open_backend
 from timm_width.latency.runner.errors import RunnerError
@@ -209,7 +210,8 @@ def test_broken_json(content):
 @here
 def test_every_option_exists():
     known = set(re.findall(r'^  (--\w+)', text('trt101601_help.txt'), re.MULTILINE))
-    lines = [command('m.onnx', precision, save='e', times='t', shapes={'x': (1, 3, 8, 8)}, level=3, timing_cache='c', cuda_graph=True)
+    lines = [command('m.onnx', precision, save='e', times='t', shapes={'x': (1, 3, 8, 8)}, level=3, timing_cache='c', cuda_graph=True,
+                     iterations=5, duration=1)
              for precision in ('fp32', 'fp16', 'int8')] + [command('m.onnx', load='e')]
     passed = {a.partition('=')[0] for line in lines for a in line[1:]}
     assert len(known) > 80 and passed <= known and {'--fp16', '--int8', '--loadEngine', '--exportTimes', '--timingCacheFile'} <= passed
@@ -218,7 +220,8 @@ def test_every_option_exists():
 
 
 def test_command_lines():
-    assert command('m.onnx') == ['trtexec', '--onnx=m.onnx', '--device=0', '--iterations=10', '--duration=3']
+    assert command('m.onnx') == ['trtexec', '--onnx=m.onnx', '--device=0']
+    assert command('m.onnx', iterations=7, duration=2)[-2:] == ['--iterations=7', '--duration=2']
     line = command('m.onnx', 'fp16', save='e', shapes={'a': (2, 3, 8, 8)}, level=0, cuda_graph=True)
     assert {'--fp16', '--saveEngine=e', '--shapes=a:2x3x8x8', '--builderOptimizationLevel=0', '--useCudaGraph'} < set(line)
     assert not {'--onnx=m.onnx', '--fp16'} & set(command('m.onnx', 'fp16', load='e'))
@@ -288,6 +291,30 @@ def test_a_file_for_any_batch_gets_its_shape(program):
     calls = program((text('trt101601_onnx_mnist_FULL.log'), STEADY, 0))
     open_backend('trtexec').measure(conv_file(None), 3)
     assert '--shapes=input:3x3x8x8' in calls()[0]
+
+
+@here
+def test_by_default_it_runs_as_long_as_by_itself_and_what_ran_is_recorded(program, tmp_path):
+    """10 iterations in 3 s, not the loop of the other backends; no warm-up of calls, which it does not have."""
+    calls = program((text('trt101601_onnx_mnist_FULL.log'), STEADY, 0))
+    file = tmp_path / 'm.onnx'
+    file.write_bytes(conv_file(1))
+    for options, runs, duration in (({}, 10, 3), ({'preset': 'prunet', 'precision': 'fp32'}, 10, 3), ({'runs': 20, 'seconds': 0.1}, 20, 2)):
+        found = measure(file, backend='trtexec', **options)
+        assert f'--iterations={runs} --duration={duration}' in calls()[-1] and '--warmUp' not in calls()[-1]
+        assert found.loop == {'runs': runs, 'seconds': pytest.approx(duration / runs), 'max_spread': 0.1, 'attempts': 3}
+        assert '--iterations' not in found.backend['command']
+    with pytest.raises(RunnerError, match="trtexec has no 'warmup' of the timing loop: there are runs, seconds"):
+        measure(file, backend='trtexec', warmup=3)
+
+
+@here
+def test_the_gpu_is_the_one_asked_for(program, monkeypatch):
+    calls = program((text('trt101601_onnx_mnist_FULL.log'), STEADY, 0))
+    monkeypatch.setattr('timm_width.latency.runner.base.gpu_name', lambda index: {'device': f'number {index}'})
+    backend = open_backend('trtexec', device=2)
+    backend.measure(conv_file(1))
+    assert '--device=2' in calls()[0] and backend.describe()['device'] == 'number 2'
 
 
 @here

@@ -31,7 +31,7 @@ from .arguments import Parser
 from .config import fingerprint
 from .data import UsageError, first_line
 from .engine import create
-from .onnx_file import data_of, halve, run_onnx, write_onnx
+from .onnx_file import check_range, data_of, halve, run_onnx, write_onnx
 
 __all__ = ['export', 'main']
 
@@ -85,7 +85,8 @@ def export(args: Namespace) -> str:
         written = folder / 'float32' / output.name
         opset = write_onnx(reparameterize_model(model), images[-1], written, args.dynamic, metadata)
         if args.fp16:
-            written = halve(written, folder / 'float16' / output.name, images[0].numpy())
+            check_range(written, images[0].numpy())
+            written = halve(written, folder / 'float16' / output.name)
         difference = max(_relative(run_onnx(written, x.numpy())[0], y.numpy()) for x, y in zip(images, expected))
         if not difference <= TOLERANCE[precision]:  # nor if it is NaN
             raise UsageError(f'the {precision} file does not compute what torch does: outputs differ by {difference:.1e} of the '

@@ -2,8 +2,9 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from .data import UsageError, first_line
 
-__all__ = ['data_of', 'halve', 'run_onnx', 'write_onnx']
+__all__ = ['check_range', 'data_of', 'halve', 'run_onnx', 'write_onnx']
 
+PROBE_BYTES = 2 ** 28  # of activations that are held at once
 MAX_BYTES = 2 ** 31 - 2 ** 27  # of a protobuf file, with room for the graph; larger weights lie beside it in FILE.data
 
 
@@ -55,19 +57,18 @@ def write_onnx(
     return program.model.opset_imports['']
 
 
-def halve(path: Path, output: Path, images: np.ndarray) -> Path:
+def halve(path: Path, output: Path) -> Path:
     """Converts a float32 file, in which batch norms are folded already, to float16 inside; input and output stay float32.
 
     Args:
         path: What `write_onnx` wrote.
         output: File to write, in another folder.
-        images: Images to run it on, float32: what overflows there is refused.
 
     Returns:
         `output`.
 
     Raises:
-        UsageError: A tensor goes beyond float16, or the file cannot be converted.
+        UsageError: The file cannot be converted.
     """
     import onnx
     import onnx_ir
@@ -76,16 +77,6 @@ def halve(path: Path, output: Path, images: np.ndarray) -> Path:
     proto = onnx.load(path, load_external_data=False)
     del proto.graph.value_info[:]  # the exporter lists initializers there, which the converter takes for activations
     onnx.save(proto, path)
-    # ONNX Runtime's CPU kernels compute float16 files in float32: running the converted file would not show an overflow
-    names = [name for node in proto.graph.node if node.op_type != 'Constant' for name in node.output if name]
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    probe, limit = path.with_name(path.name + '.probe'), np.finfo(np.float16).max
-    onnx.save(proto, probe)
-    for name, value in zip(names, run_onnx(probe, images)):
-        most = np.abs(value[np.isfinite(value)]).max(initial=0) if value.dtype == np.float32 else 0
-        if most > limit:
-            raise UsageError(f"float16: '{name}' reaches {most:.3g}, and float16 ends at {limit:.0f}: export in float32")
     try:
         half = onnx_ir.from_proto(convert_float_to_float16(str(path), keep_io_types=True))
         half.graph.sort()  # the converter puts its casts at the end
@@ -94,6 +85,51 @@ def halve(path: Path, output: Path, images: np.ndarray) -> Path:
     except Exception as e:  # anything: these two packages have no errors of their own
         raise UsageError(f'float16: the file cannot be converted: {first_line(e)}') from e
     return output
+
+
+def check_range(path: Path, images: np.ndarray) -> None:
+    """Refuses a network whose activations go beyond float16.
+
+    ONNX Runtime's CPU kernels compute float16 files in float32: running the converted file would not show an overflow.
+
+    Args:
+        path: What `write_onnx` wrote; a file is written beside it.
+        images: Images to run it on, float32.
+
+    Raises:
+        UsageError: They do, or the file cannot be run.
+    """
+    import onnx
+
+    proto = onnx.load(path, load_external_data=False)
+    probe, limit = path.with_name(path.name + '.probe'), np.finfo(np.float16).max
+    for names in _groups(proto, len(images)):
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        onnx.save(proto, probe)
+        for name, value in zip(names, run_onnx(probe, images)):
+            most = np.abs(value[np.isfinite(value)]).max(initial=0) if value.dtype == np.float32 else 0
+            if most > limit:
+                raise UsageError(f"float16: '{name}' reaches {most:.3g}, and float16 ends at {limit:.0f}: export in float32")
+
+
+def _groups(proto: Any, batch: int) -> list[list[str]]:
+    """What the nodes of a file compute, in groups of up to PROBE_BYTES: all activations at once may be more than the memory."""
+    from onnx import shape_inference
+
+    graph = shape_inference.infer_shapes(proto).graph
+    values = (*graph.value_info, *graph.output)
+    known = {v.name: v.type.tensor_type.shape.dim for v in values if v.type.tensor_type.HasField('shape')}
+    groups: list[list[str]] = [[]]
+    room = PROBE_BYTES
+    for name in (x for node in proto.graph.node if node.op_type != 'Constant' for x in node.output if x):
+        size = 4 * prod(d.dim_value or batch for d in known[name]) if name in known else PROBE_BYTES
+        if groups[-1] and size > room:
+            groups.append([])
+            room = PROBE_BYTES
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def run_onnx(path: Path, images: np.ndarray) -> list[np.ndarray]:

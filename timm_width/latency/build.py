@@ -26,14 +26,13 @@ from .runner.backends import open_backend
 from .runner.main import measure_bundle
 from .runner.manifest import Manifest, read_manifest
 from .runner.results import scan_results
-from .runner.timing import Timing
+from .runner.timing import BRIEF, Timing
 from .sampling import LEAST_SAMPLES, networks_to_time
 
 __all__ = ['BLOCK_SAMPLES', 'Device', 'build_block_model', 'build_latency_model']
 
 FIRST = 400  # networks of the first stage; each stage has twice as many
 BETTER = 0.95  # a stage that leaves more of the validation error than this was the last
-LOOP = {'seconds': 0.01}  # of a sample: thousands of networks are measured
 BLOCK_SAMPLES = 20  # whole networks on which tables of blocks are validated
 
 
@@ -85,7 +84,7 @@ def build_latency_model(
         manifest = _Networks(manifest.folder, manifest.fingerprint, manifest.data, manifest.configurations, space)
     results, best, count = folder / 'results.jsonl', None, min(FIRST, samples)
     while True:
-        measure_bundle(manifest, backend, results, {} if device.backend == 'trtexec' else LOOP, count)
+        measure_bundle(manifest, backend, results, {} if device.backend == 'trtexec' else BRIEF, count)
         fit = fit_results(manifest, scan_results(results, manifest), space)
         say(f"{count} networks measured: {fit.model.validation}; {fit.model.about['unknowns']} unknowns")
         if best is not None:
@@ -114,7 +113,7 @@ def build_block_model(order: Order, device: Device, patterns: Sequence[str], sam
     blocks = find_blocks(problem.space, problem.grid, patterns)
 
     def time(module: nn.Module, size: tuple[int, ...]) -> Measurement:
-        return measure(module, size, device.backend, device.precision, order.batch, device.device, threads=device.threads, **LOOP)
+        return measure(module, size, device.backend, device.precision, order.batch, device.device, threads=device.threads, **BRIEF)
 
     tables = block_tables(problem.model, problem.space, problem.grid, blocks, lambda module, size: time(module, size).ms)
     rng = np.random.default_rng(order.seed)

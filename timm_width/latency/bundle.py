@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -34,7 +35,7 @@ from ..trace import trace
 from .measure import TORCH
 from .onnx_graph import RecipeError, export_bytes, settle
 from .onnx_recipe import find_recipe
-from .runner.manifest import FORMAT, USES, read_manifest
+from .runner.manifest import FILE_PRECISIONS, FORMAT, MAX_INPUT, USES, read_manifest
 
 __all__ = ['Network', 'Order', 'check_packages', 'describe_order', 'export_bundle', 'make_network']
 
@@ -50,7 +51,6 @@ from runner.main import main  # noqa: E402
 
 sys.exit(main())
 '''
-PRECISIONS = ('float32', 'float16')
 Grid = Mapping[str, Sequence[int]]
 Draw = Callable[[WidthSpace, Grid], Sequence[tuple[str, Mapping[str, int]]]]
 
@@ -66,7 +66,7 @@ class Order:
         search_se: Whether the squeezes of squeeze-excite vary.
         img_size: Side of the images; by default the model's own.
         batch: Images per call.
-        precision: 'float32' or 'float16'.
+        precision: 'fp32' or 'fp16'.
         num_classes: By default the model's own.
         in_chans: By default the model's own.
         model_args: Further arguments of the model.
@@ -82,7 +82,7 @@ class Order:
     search_se: bool = False
     img_size: Optional[int] = None
     batch: int = 1
-    precision: str = 'float32'
+    precision: str = 'fp32'
     num_classes: Optional[int] = None
     in_chans: Optional[int] = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -153,6 +153,7 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
     network = make_network(order)
     _, space, grid = network  # of which a search has the space; the exported one has other activations
     size = space.input_size
+    _check_images(order.batch, *size)
     configurations = [(use, {name: widths.get(name) for name in grid}) for use, widths in draw(space, grid)]
     for use, widths in configurations:
         if use not in USES or any(w not in grid[name] for name, w in widths.items()):
@@ -206,7 +207,7 @@ def _write_networks(
     (folder / 'networks').mkdir()
     files = []
     for i, (_, widths) in enumerate(configurations):
-        model = export_bytes(resize(copy.deepcopy(largest), space, widths), images, order.precision)
+        model = export_bytes(resize(copy.deepcopy(largest), space, widths), images, order.precision, check=False)
         files.append(_write(folder, f'networks/{i:05}.onnx', model))
     return None, files, why
 
@@ -221,8 +222,9 @@ def _check(order: Order, out: Path, overwrite: bool) -> None:
     for name in ('batch', 'img_size', 'num_classes', 'in_chans', 'width_divisor', 'max_files'):
         if (value := getattr(order, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if order.precision not in PRECISIONS:
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not '{order.precision}'")
+    if order.precision not in FILE_PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(FILE_PRECISIONS)}, not '{order.precision}'")
+    _check_images(order.batch, order.in_chans or 1, order.img_size or 1, order.img_size or 1)
     check_output(out, overwrite, order.model, '--out')
     if out.is_dir() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
         raise UsageError(f"--out '{out}' is not a bundle, and is not replaced: give another folder")
@@ -242,6 +244,11 @@ def check_packages(backend: str = 'onnxruntime') -> None:
             import_module(name)
         except ImportError:
             raise UsageError(f"a bundle needs {name}: pip install 'timm-width[onnx]'") from None
+
+
+def _check_images(batch: int, *size: int) -> None:
+    if batch * prod(size) > MAX_INPUT:
+        raise UsageError(f"--batch {batch}: that many images of {'x'.join(map(str, size))} are too large: give fewer")
 
 
 @contextmanager

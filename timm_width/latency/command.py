@@ -93,7 +93,7 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the bundle in DIR')
     args = parser.parse_args(argv)
-    order = _order(args, 'float16' if args.fp16 else 'float32')
+    order = _order(args, 'fp16' if args.fp16 else 'fp32')
     draw = partial(networks_to_time, samples=args.samples, seed=args.seed)
     print(export_bundle(order, Path(args.out), draw, args.overwrite))
 
@@ -114,7 +114,7 @@ def measure(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     out = _file(args)
     ours = args.backend in TORCH
-    order = _order(args, 'float16' if args.fp16 and not ours else 'float32')
+    order = _order(args, 'fp16' if args.fp16 and not ours else 'fp32')
     device = Device(args.backend, 'fp16' if args.fp16 else 'fp32', args.threads, args.device if ours else None)
     if args.blocks is not None:
         _save(build_block_model(order, device, args.blocks, min(args.samples, BLOCK_SAMPLES)), out)

@@ -26,6 +26,7 @@ STATISTICS = ('median', 'minimum', 'p20')  # of a network's samples
 NEIGHBOURS = 5  # measurements of the first network, whose median counts
 DRIFT = 0.03  # of the machine's speed, that is worth a word
 LEAST = 10  # networks to fit to
+NOT_ITS_OWN = {'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'name', 'num_classes', 'inputs'}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ def space_of(manifest: Manifest) -> WidthSpace:
     """The width space of the network of a bundle, built anew.
 
     Raises:
-        UsageError: It cannot be built, or is another one than when the bundle was made.
+        UsageError: It cannot be built, or is another one than when the bundle was made; or the bundle wants files to be fetched or
+            loaded for it, which one that comes from elsewhere must not.
     """
     data = manifest.data
+    wrong = [data['model'][:80]] if data['model'].partition(':')[0].lower() in ('hf-hub', 'hf_hub') else []
+    if wrong := wrong + [key for key in data['model_args'] if key in NOT_ITS_OWN]:
+        raise UsageError(f"'{manifest.folder}' asks for {', '.join(wrong)}: nothing is fetched or loaded for a bundle")
     model = create(data['model'], data['num_classes'], **data['model_args'])
     space = trace(model, data['input_size'])
     if space.fingerprint != data['space']:

@@ -18,21 +18,19 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from ..data import UsageError, first_line
-from ..onnx_file import halve, write_onnx
+from ..onnx_file import check_range, halve, write_onnx
 from .runner.backends import BACKENDS, open_backend, unknown
 from .runner.base import check_outputs, cpu_name, inspect
+from .runner.manifest import FILE_PRECISIONS, MAX_INPUT
 from .runner.timing import LOOP, PRESETS, Timing, time_calls
 
 __all__ = [
-    'BACKEND_NAMES', 'TORCH', 'Measurement', 'check_backend', 'describe', 'describe_device', 'measure', 'measure_many',
-    'usual_batch',
+    'BACKEND_NAMES', 'TORCH', 'Measurement', 'check_backend', 'describe', 'measure', 'measure_many', 'usual_batch',
 ]
 
 TORCH = ('torch', 'torch-compile')
 BACKEND_NAMES = (*TORCH, *BACKENDS)
 ON_CPU = ('onnxruntime',)
-PRECISION_NAMES = {'fp32': 'float32', 'fp16': 'float16'}
-MAX_INPUT = 2 ** 31  # values of a batch
 SEED = 0
 
 Model = Union[nn.Module, str, Path]
@@ -95,7 +93,7 @@ class Measurement:
         try:
             return cls(Timing.from_json(found['timing']), dict(found['backend']), str(found['precision']), int(found['batch']),
                        tuple(int(n) for n in found['input_size']), dict(found['loop']))
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, OverflowError) as e:
             raise UsageError(f'not a measurement: {first_line(e)}') from e
 
 
@@ -118,7 +116,8 @@ def measure(
         backend: One of BACKEND_NAMES; by default the preset's, or 'torch' ('onnxruntime' for a file).
         precision: 'fp32', 'fp16', or 'int8' of a quantized file; by default the preset's, or 'fp32' (the file's).
         batch: Images per call; by default the preset's, or that of the file, or `usual_batch`.
-        device: Of torch: 'cpu', 'cuda' and so on; by default where the model is. Other backends say it by their names.
+        device: Of torch: 'cpu', 'cuda' and so on; by default where the model is. Other backends say it by their names;
+            'cuda:1' says which GPU.
         preset: A key of PRESETS: what a paper measured.
         threads: Of the CPU; by default all of torch's, and for ONNX Runtime all that this process may use.
         **options: Those of `time_calls` (warmup, runs, seconds, max_spread, attempts), and of the backend's class.
@@ -167,7 +166,7 @@ def measure_many(
     backend = backend or chosen.get('backend') or ('torch' if isinstance(first, nn.Module) else 'onnxruntime')
     if backend not in BACKEND_NAMES:
         raise UsageError(unknown('backend', backend, BACKEND_NAMES))
-    loop = {k: options.pop(k, chosen.get(k, time_calls.__kwdefaults__[k])) for k in LOOP}
+    loop = {k: options.pop(k, chosen.get(k)) for k in LOOP if k in options or k in chosen}
     files = {name: _read(model) for name, model in models.items() if not isinstance(model, nn.Module)}
     precision = precision or chosen.get('precision') or (inspect(files[next(iter(files))]).precision if files else 'fp32')
     batch = chosen.get('batch') if batch is None else batch
@@ -178,9 +177,9 @@ def measure_many(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1 or batch * int(np.prod(size)) > MAX_INPUT:
         raise UsageError(f'batch must be a whole number of at least 1, and its images must fit: {batch!r} of {size}')
     if backend in TORCH:
-        timings, told = _by_torch(models, size, backend, precision, batch, device, threads, loop, options)
+        timings, told, loop = _by_torch(models, size, backend, precision, batch, device, threads, loop, options)
     else:
-        timings, told = _by_onnx(models, files, size, backend, precision, batch, device, threads, loop, options)
+        timings, told, loop = _by_onnx(models, files, size, backend, precision, batch, device, threads, loop, options)
     return {name: Measurement(timing, told, precision, batch, size, loop) for name, timing in timings.items()}
 
 
@@ -189,7 +188,7 @@ def check_backend(name: str, precision: str = 'fp32', device: str = 'cpu') -> No
     if name in TORCH:
         _check_torch(name, precision, device)
     else:
-        open_backend(name, precision=precision)
+        open_backend(name, precision=precision, **_number(name, device))
 
 
 def describe(backend: str, precision: str = 'fp32', device: str = 'cpu', threads: Optional[int] = None) -> dict[str, Any]:
@@ -198,17 +197,19 @@ def describe(backend: str, precision: str = 'fp32', device: str = 'cpu', threads
     Args:
         backend: One of BACKEND_NAMES.
         precision: 'fp32', 'fp16' or 'int8'.
-        device: Of torch.
+        device: As in `measure`.
         threads: Of the CPU.
 
     Raises:
         UsageError, RunnerError: As `check_backend`.
     """
     if backend not in TORCH:
-        return open_backend(backend, precision=precision, threads=threads).describe()
+        return open_backend(backend, precision=precision, threads=threads, **_number(backend, device)).describe()
     with _threads(threads):
-        told = {'backend': backend, **describe_device(device), 'precision': PRECISION_NAMES[precision],
-                'timm': timm.__version__, 'python': platform.python_version(), 'system': platform.platform()}
+        name = torch.cuda.get_device_name(device) if 'cuda' in device else cpu_name()
+        told = {'backend': backend, 'precision': precision, 'device': name, 'threads': torch.get_num_threads(),
+                'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version(),
+                'system': platform.platform()}
     if 'cuda' in device:
         told |= {'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version(), 'tf32': torch.backends.cudnn.allow_tf32,
                  'cudnn_benchmark': torch.backends.cudnn.benchmark}
@@ -220,10 +221,14 @@ def usual_batch(device: str) -> int:
     return 16 if 'cuda' in device else 1
 
 
-def describe_device(device: str) -> dict[str, Any]:
-    """What a time measured by torch is worth nothing without."""
-    name = torch.cuda.get_device_name(device) if 'cuda' in device else cpu_name()
-    return {'device': name, 'threads': torch.get_num_threads(), 'precision': 'float32', 'torch': torch.__version__}
+def _number(backend: str, device: Optional[str]) -> dict[str, int]:
+    """The option of a backend of the runner that says which GPU, if `device` does: 'cuda:1'."""
+    kind, _, number = str(device).partition(':')
+    if backend in ON_CPU or kind != 'cuda' or not number:
+        return {}
+    if not number.isdecimal():
+        raise UsageError(f"device '{device}' cannot be used here: say cuda or, as in cuda:1, which GPU")
+    return {'device': int(number)}
 
 
 def _where(backend: str, device: Optional[str], model: Model) -> str:
@@ -279,7 +284,7 @@ def _network(model: nn.Module, device: str) -> nn.Module:
 
 
 def _check_torch(name: str, precision: str, device: str) -> None:
-    if precision not in PRECISION_NAMES:
+    if precision not in FILE_PRECISIONS:
         raise UsageError(f'{name} measures fp32 or fp16, not {precision!r}')
     try:
         torch.empty(0, device=device)
@@ -299,7 +304,7 @@ def _by_torch(
         threads: Optional[int],
         loop: Mapping[str, Any],
         options: Mapping[str, Any],
-) -> tuple[dict[str, Timing], dict[str, Any]]:
+) -> tuple[dict[str, Timing], dict[str, Any], dict[str, Any]]:
     if wrong := [name for name, model in models.items() if not isinstance(model, nn.Module)]:
         raise UsageError(f"'{models[wrong[0]]}' is no torch model: {backend} cannot run it; {', '.join(BACKENDS)} can")
     if options:
@@ -321,7 +326,8 @@ def _by_torch(
                 network = torch.compile(network, fullgraph=True, dynamic=False)
             calls[name] = _call(network, images, cuda)
             _run(calls[name], size)
-        return time_calls(calls, batch=batch, **loop), describe(backend, precision, device)
+        loop = {**LOOP, **loop}
+        return time_calls(calls, batch=batch, **loop), describe(backend, precision, device), loop
 
 
 def _call(network: nn.Module, images: torch.Tensor, cuda: bool) -> Any:
@@ -364,11 +370,12 @@ def _by_onnx(
         threads: Optional[int],
         loop: Mapping[str, Any],
         options: Mapping[str, Any],
-) -> tuple[dict[str, Timing], dict[str, Any]]:
+) -> tuple[dict[str, Timing], dict[str, Any], dict[str, Any]]:
     if device is not None and ('cuda' in str(device)) != (_where(backend, None, '') == 'cuda'):
         raise UsageError(f"{backend} does not compute on '{device}': its name says where; there are {', '.join(BACKENDS)}")
-    opened = open_backend(backend, precision=precision, threads=threads, **options)
-    if precision not in PRECISION_NAMES and len(files) < len(models):
+    opened = open_backend(backend, precision=precision, threads=threads, **_number(backend, device), **options)
+    loop = opened.loop(loop)
+    if precision not in FILE_PRECISIONS and len(files) < len(models):
         raise UsageError(f'{precision} needs a quantized ONNX file; models are exported in fp32 or fp16')
     contents, checks = {}, {}
     for name, model in models.items():
@@ -376,7 +383,7 @@ def _by_onnx(
             contents[name] = files[name]
         else:
             contents[name], checks[name] = _export(model, size, batch, precision)
-    return opened.measure_all(contents, batch, checks, **loop), opened.describe()
+    return opened.measure_all(contents, batch, checks, **loop), opened.describe(), loop
 
 
 def _export(model: nn.Module, size: tuple[int, ...], batch: int, precision: str) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
@@ -395,5 +402,6 @@ def _export(model: nn.Module, size: tuple[int, ...], batch: int, precision: str)
         write_onnx(network, images, written)
         if precision == 'fp16':
             (Path(folder) / 'float16').mkdir()
-            written = halve(written, Path(folder) / 'float16' / 'model.onnx', images.numpy())
+            check_range(written, images.numpy())
+            written = halve(written, Path(folder) / 'float16' / 'model.onnx')
         return _read(written), (images.numpy(), expected[0].numpy())

@@ -9,10 +9,12 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from ..data import UsageError
-from ..onnx_file import MAX_BYTES, halve, write_onnx
+from ..onnx_file import MAX_BYTES, check_range, halve, write_onnx
 from .runner.onnx_widths import load_proto
 
 __all__ = ['Graph', 'RecipeError', 'attributes', 'export_bytes', 'settle']
+
+FEW = 4  # images that a network is tried on
 
 
 class RecipeError(UsageError):
@@ -46,16 +48,17 @@ def settle(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def export_bytes(model: nn.Module, images: torch.Tensor, precision: str = 'float32') -> bytes:
+def export_bytes(model: nn.Module, images: torch.Tensor, precision: str = 'fp32', check: bool = True) -> bytes:
     """The ONNX file of a model in its deployed form, without what only tells where it comes from.
 
     Args:
         model: In evaluation mode; it is not changed.
         images: Example images (N, C, H, W).
-        precision: 'float32', or 'float16' for what `onnx_file.halve` makes of it.
+        precision: 'fp32', or 'fp16' for what `onnx_file.halve` makes of it.
+        check: Whether to run it, for fp16, on the first FEW images, and refuse what overflows.
 
     Raises:
-        UsageError: torch cannot export it, or it is larger than an ONNX file may be.
+        UsageError: torch cannot export it, it overflows in float16, or it is larger than an ONNX file may be.
     """
     size = sum(t.nbytes for t in model.state_dict().values())
     if size > MAX_BYTES:
@@ -65,9 +68,13 @@ def export_bytes(model: nn.Module, images: torch.Tensor, precision: str = 'float
         folder = Path(name)
         (folder / 'half').mkdir()
         file = folder / 'model.onnx'
-        write_onnx(reparameterize_model(model), images, file)
-        if precision == 'float16':
-            file = halve(file, folder / 'half' / 'model.onnx', images.numpy())
+        deployed = reparameterize_model(model)
+        if precision == 'fp16' and check:
+            write_onnx(deployed, images[:FEW], file)  # the batch is written into a file: large ones would take gigabytes
+            check_range(file, images[:FEW].numpy())
+        write_onnx(deployed, images, file)
+        if precision == 'fp16':
+            file = halve(file, folder / 'half' / 'model.onnx')
         return _clean(load_proto(file)).SerializeToString()
 
 

@@ -35,7 +35,7 @@ def find_recipe(
         space: WidthSpace,
         grid: Grid,
         images: torch.Tensor,
-        precision: str = 'float32',
+        precision: str = 'fp32',
         seed: int = 0,
 ) -> tuple[bytes, dict[str, Any]]:
     """Exports a model and finds out what depends on its widths.
@@ -45,7 +45,7 @@ def find_recipe(
         space: Its width space.
         grid: Group -> widths that will be asked for; other groups stay.
         images: Example images (N, C, H, W).
-        precision: 'float32' or 'float16'.
+        precision: 'fp32' or 'fp16'.
         seed: Of the widths that are probed.
 
     Returns:
@@ -67,7 +67,8 @@ def find_recipe(
         if count and widths == probes[-1].widths:
             break  # a grid of one width each
         resized = resize(copy.deepcopy(model), space, widths)
-        probes.append(_Probe(widths, space.steps(widths), Graph(export_bytes(resized, images, precision))))
+        exported = export_bytes(resized, images, precision, check=False)
+        probes.append(_Probe(widths, space.steps(widths), Graph(exported)))
         probes[-1].pair(base)
         if count == 0:
             continue
@@ -139,7 +140,9 @@ class _Finder:
         self.space, self.base, self.probes = space, base, probes
         free = [name for name in grid if len(grid[name]) > 1]
         self.index = {space.index[name]: i + 1 for i, name in enumerate(free)}
-        self.groups = [[FIXED, 1, 1], *([name, space[name].steps, space[name].unit] for name in free)]
+        fixed = [name for name in grid if len(grid[name]) == 1]  # which may be named, at their only width
+        self.groups = [[FIXED, 1, 1], *([name, space[name].steps, space[name].unit] for name in free),
+                       *([name, 1, space[name].size] for name in fixed)]
         self.ambiguous: list[str] = []
         whole = {a for t in space.tensors.values() for a in t.axes if a}
         whole |= {f for s in space.sites for f in s.factors if not isinstance(f, int)} | {b.axis for b in space.bindings}

@@ -12,11 +12,11 @@ from typing import Any, Optional
 import numpy as np
 
 from .errors import RunnerError
-from .timing import Timing, time_calls
+from .timing import BRIEF, LOOP, Timing, time_calls
 
 __all__ = [
-    'PRECISIONS', 'Backend', 'Check', 'Graph', 'as_runner_error', 'check_outputs', 'cpu_name', 'first_line', 'gpu_name', 'inspect',
-    'make_inputs', 'usable_cpus',
+    'PRECISIONS', 'Backend', 'Check', 'Graph', 'as_runner_error', 'check_device', 'check_outputs', 'cpu_name', 'first_line',
+    'gpu_name', 'inspect', 'make_inputs', 'usable_cpus',
 ]
 
 PRECISIONS = ('fp32', 'fp16', 'int8')
@@ -64,11 +64,20 @@ class Backend:
         precision: In what it computes.
         threads: Of the CPU, where it computes there; None: all that this process may use.
 
+    Attributes:
+        precisions: In what it can compute.
+        gpu: Whether it computes on a GPU, whose number is then `device`.
+        defaults: The options of its timing loop.
+        brief: Those that are others where thousands of networks are measured.
+
     Raises:
         RunnerError: It is not installed (the message says what to install), or does not offer that.
     """
     precisions: tuple[str, ...] = PRECISIONS
     gpu = False
+    device = 0
+    defaults: Mapping[str, Any] = LOOP
+    brief: Mapping[str, Any] = BRIEF
 
     def __init__(self, name: str, precision: str = 'fp32', threads: Optional[int] = None):
         if precision not in self.precisions:
@@ -79,9 +88,19 @@ class Backend:
 
     def describe(self) -> dict[str, Any]:
         """Everything that a measurement needs to be repeated: device, driver, versions, flags. It can be written as JSON."""
-        device = gpu_name() if self.gpu else {'device': cpu_name()}
+        device = gpu_name(self.device) if self.gpu else {'device': cpu_name()}
         return {'backend': self.name, 'precision': self.precision, **device, 'system': platform.platform(),
                 'python': platform.python_version()}
+
+    def loop(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options of its timing loop: those given, its own for the others.
+
+        Raises:
+            RunnerError: It has no such option.
+        """
+        if wrong := [name for name in given if name not in self.defaults]:
+            raise RunnerError(f"{self.name} has no '{wrong[0]}' of the timing loop: there are {', '.join(self.defaults)}")
+        return {**self.defaults, **given}
 
     def prepare(self, model: bytes, batch: Optional[int] = None, check: Optional[Check] = None) -> AbstractContextManager:
         """Loads a file for as long as the context lasts.
@@ -125,7 +144,7 @@ class Backend:
         with ExitStack() as stack:
             calls = {name: stack.enter_context(self.prepare(model, batch, (checks or {}).get(name)))
                      for name, model in models.items()}
-            return time_calls(calls, batch=batch, **loop)
+            return time_calls(calls, batch=batch, **self.loop(loop))
 
 
 def inspect(model: bytes) -> Graph:
@@ -205,17 +224,36 @@ def cpu_name() -> str:
 
 
 def gpu_name(index: int = 0) -> dict[str, str]:
-    """Name and driver of a GPU, from nvidia-smi; `unknown` where that is not there (Jetson)."""
+    """Name and driver of a GPU, from nvidia-smi; `unknown` where that is not there (Jetson), or does not know it.
+
+    Args:
+        index: CUDA's number of it: CUDA_VISIBLE_DEVICES, if set, says which cards are counted, by their numbers or UUIDs.
+    """
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    wanted = str(index) if visible is None else (visible.split(',') + [''] * index)[index].strip()
     program = shutil.which('nvidia-smi')
-    if program:
-        query = [program, f'--id={index}', '--query-gpu=name,driver_version', '--format=csv,noheader']
+    if program and wanted:
+        query = [program, '--query-gpu=index,uuid,name,driver_version', '--format=csv,noheader']
         try:
             done = subprocess.run(query, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             done = None
-        if done is not None and not done.returncode and (fields := done.stdout.strip().split(', ')) and len(fields) == 2:
-            return {'device': fields[0], 'driver': fields[1]}
+        rows = [line.split(', ') for line in done.stdout.splitlines()] if done is not None and not done.returncode else []
+        for number, uuid, name, driver in (row for row in rows if len(row) == 4):
+            if wanted == number or wanted.startswith('GPU-') and uuid.startswith(wanted):  # CUDA takes the beginning of a UUID
+                return {'device': name, 'driver': driver}
     return {'device': 'unknown GPU', 'driver': 'unknown'}
+
+
+def check_device(device: Any) -> int:
+    """A number of a GPU.
+
+    Raises:
+        RunnerError: It is none.
+    """
+    if isinstance(device, bool) or not isinstance(device, int) or device < 0:
+        raise RunnerError(f'device must be the number of a GPU, 0 or more, not {device!r}')
+    return device
 
 
 def usable_cpus() -> int:

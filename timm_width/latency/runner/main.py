@@ -21,13 +21,12 @@ from .base import Backend, cpu_name, first_line
 from .errors import RunnerError
 from .manifest import Manifest, read_manifest
 from .results import FORMAT, Results, scan_results
-from .timing import LOOP
+from .timing import BRIEF, LOOP
 
 __all__ = ['main', 'measure_bundle']
 
 REFERENCE = 25  # configurations between two measurements of the first one
-GIVE_UP = 5  # if this many fail before one succeeds, none will
-SECONDS = 0.01  # of a sample: thousands of networks are measured
+GIVE_UP = 5  # when so many in a row fail, it may be the device
 BEGINNING = b'{"format": '  # of a results file
 SAY = 10  # seconds between two lines of progress in a log
 DEVICE = ('device', 'level', 'timing_cache', 'cuda_graph', 'engines', 'program')
@@ -43,10 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
     add('--threads', type=int, metavar='N', help='of the CPU (default: all that this process may use)')
     add('--results', metavar='FILE', help='file to write or to go on with (default: results.jsonl beside run.py)')
     add('--limit', type=int, metavar='N', help='stop when N configurations are done, those of earlier runs included')
-    add('--warmup', type=int, metavar='N', help='calls before anything is measured')
+    add('--warmup', type=int, metavar='N', help='calls before anything is measured (not of trtexec: 200 ms)')
     add('--runs', type=int, metavar='N', help='samples of each network, of which the median counts')
-    add('--seconds', type=float, metavar='S', help=f'about how long a sample lasts (default: {SECONDS}; trtexec: its own)')
-    add('--device', type=int, metavar='N', help='number of the GPU')
+    add('--seconds', type=float, metavar='S', help=f"about how long a sample lasts (default: {BRIEF['seconds']}; trtexec: its own)")
+    add('--device', type=int, metavar='N', help='number of the GPU, as nvidia-smi counts')
     add('--level', type=int, metavar='N', help="TensorRT's builder optimisation level, 0 to 5")
     add('--timing-cache', metavar='PATH', help="TensorRT's timing cache, to be read and written")
     add('--cuda-graph', action='store_true', default=None, help='launch networks as CUDA graphs')
@@ -74,10 +73,9 @@ def main(argv: Optional[Sequence[str]] = None, folder: Optional[Path] = None) ->
             raise RunnerError(f'--limit must be at least 1, not {args.limit}')
         precision = 'fp16' if args.fp16 else manifest.precision
         options = {k: getattr(args, k) for k in DEVICE if getattr(args, k) is not None}
-        loop = {k: getattr(args, k) for k in LOOP if getattr(args, k, None) is not None}
-        if args.backend != 'trtexec':
-            loop.setdefault('seconds', SECONDS)
+        os.environ.setdefault('CUDA_DEVICE_ORDER', 'PCI_BUS_ID')  # that of nvidia-smi
         backend = open_backend(args.backend, precision=precision, threads=args.threads, **options)
+        loop = backend.loop({**backend.brief, **{k: getattr(args, k) for k in LOOP if getattr(args, k, None) is not None}})
         print(measure_bundle(manifest, backend, results, loop, args.limit))
     except RunnerError as e:
         print(f'run.py: {e}', file=sys.stderr)
@@ -108,7 +106,8 @@ def measure_bundle(
         A line that says what is in the file.
 
     Raises:
-        RunnerError: The file is of another bundle, backend or precision, or is in use; or the first configurations all fail.
+        RunnerError: The file is of another bundle, backend or precision, or is in use; or everything fails, from the beginning or
+            from some configuration on. What failed then is not written, and is tried again by the next call.
     """
     loop = dict(loop or {})
     header = {'format': FORMAT, 'manifest': manifest.fingerprint, 'architecture': manifest.data['architecture'],
@@ -118,11 +117,9 @@ def measure_bundle(
     manifest.network(0)  # a bundle that is broken is refused before anything is written
     with _opened(results, header, manifest) as (file, found):
         done = {row['index'] for row in (*found.rows, *found.failed)}
-        todo = [i for i in range(len(manifest.configurations)) if i not in done][:max((limit or 10 ** 9) - len(done), 0)]
+        left = [i for i in range(len(manifest.configurations)) if i not in done]
         run = _Run(manifest, backend, loop, file, found)
-        if done and todo:
-            todo = run.resume(todo)
-        run.measure(todo)
+        run.run(left, max((limit or 10 ** 9) - len(done), 0))
         return run.summary(results)
 
 
@@ -131,6 +128,7 @@ class _Run:
 
     def __init__(self, manifest: Manifest, backend: Backend, loop: Mapping[str, Any], file: BinaryIO, found: Results):
         self.manifest, self.backend, self.loop, self.file, self.found = manifest, backend, loop, file, found
+        self.unsure: list[dict[str, Any]] = []  # what failed since something was measured: the network may be wrong, or the device
 
     def write(self, row: Mapping[str, Any]) -> None:
         try:
@@ -142,16 +140,44 @@ class _Run:
     def time(self, index: int) -> dict[str, Any]:
         return self.backend.measure(self.manifest.network(index), self.manifest.batch, **self.loop).to_json()
 
-    def resume(self, todo: list[int]) -> list[int]:
-        """Goes on after a kill; a configuration at which the program has died twice is given up."""
+    def run(self, left: Sequence[int], count: int) -> None:
+        """Measures the first of those that are left; where it ends in good order with something left, it says so in the file."""
+        todo = left[:count]
+        if not todo:
+            return
+        try:
+            if self.found.rows:
+                todo = self.resume(todo)
+            self.measure(todo)
+        except (KeyboardInterrupt, RunnerError):
+            self.stop(left)
+            raise
+        self.stop(left)
+
+    def stop(self, left: Sequence[int]) -> None:
+        done = {row['index'] for row in (*self.found.rows, *self.found.failed)}
+        if left := [i for i in left if i not in done]:
+            self.write({'stopped': left[0]})
+
+    def resume(self, todo: Sequence[int]) -> Sequence[int]:
+        """Goes on after an earlier run; a configuration at which the program was killed twice is given up."""
         first = todo[0]
-        if self.found.retried.get(first, 0):
-            self.one(first, 'the program was killed at this configuration, twice')
+        if not self.found.stopped and self.found.died.get(first, 0):
+            self.keep([{**self.row(first), 'error': 'the program was killed at this configuration, twice'}])
             todo = todo[1:]
         if todo:
             self.write({'retry': todo[0]})
         self.reference()
         return todo
+
+    def row(self, index: int) -> dict[str, Any]:
+        return {'index': index, 'use': self.manifest.configurations[index].use}
+
+    def keep(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes configurations that were measured or failed."""
+        for row in rows:
+            self.write(row)
+            (self.found.failed if 'error' in row else self.found.rows).append(row)
 
     def reference(self) -> None:
         """Measures the first configuration again, if it could be measured at all."""
@@ -164,34 +190,49 @@ class _Run:
             self.write(row)
             self.found.references.append(row)
 
-    def one(self, index: int, error: Optional[str] = None) -> None:
-        row: dict[str, Any] = {'index': index, 'use': self.manifest.configurations[index].use}
+    def one(self, index: int) -> None:
+        """Measures a configuration. That it failed is written when something works after it."""
+        row = self.row(index)
         try:
-            if error is None:
-                row |= self.time(index)
+            row |= self.time(index)
         except Exception as e:  # anything: one network that this backend cannot run must not cost the others
-            error = first_line(e)
-        if error is not None:
-            row['error'] = error[:500]
-        self.write(row)
-        (self.found.rows if error is None else self.found.failed).append(row)
+            self.unsure.append({**row, 'error': first_line(e)[:500]})
+            return
+        self.keep([*self.unsure, row])
+        self.unsure = []
+
+    def check(self) -> None:
+        """Whether the device still works, after failures: a network that was measured once is measured again.
+
+        Raises:
+            RunnerError: It does not, or nothing was ever measured.
+        """
+        if not self.found.rows:
+            raise RunnerError(f'the first {len(self.unsure)} configurations all failed, so nothing was measured; the last one '
+                              f"with: {self.unsure[-1]['error']}")
+        again = self.found.rows[0]['index']
+        try:
+            self.time(again)
+        except Exception as e:  # as in `one`
+            raise RunnerError(f'the last {len(self.unsure)} configurations failed, and so does {again}, which '
+                              f'was measured before: {first_line(e)}. Run the same command again when the device works') from e
+        self.keep(self.unsure)
+        self.unsure = []
 
     def measure(self, todo: Sequence[int]) -> None:
         progress = _Progress(len(todo), len(self.manifest.configurations))
-        for k, index in enumerate(todo):
-            if k and k % REFERENCE == 0:
-                self.reference()
-            try:
+        try:
+            for k, index in enumerate(todo):
+                if k and k % REFERENCE == 0:
+                    self.reference()
                 self.one(index)
-            except KeyboardInterrupt:
-                self.write({'stopped': index})
-                raise
-            progress.say(k + 1, self.found)
-            if not self.found.rows and len(self.found.failed) >= GIVE_UP:
-                progress.end()
-                raise RunnerError(f"the first {GIVE_UP} configurations all failed, so nothing was measured; the last one with: "
-                                  f"{self.found.failed[-1]['error']}")
-        progress.end()
+                if len(self.unsure) >= GIVE_UP:
+                    self.check()
+                progress.say(k + 1, self.found)
+            if self.unsure:
+                self.check()
+        finally:
+            progress.end()
 
     def summary(self, results: Path) -> str:
         rows, count = self.found.rows, len(self.manifest.configurations)

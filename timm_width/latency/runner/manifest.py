@@ -3,10 +3,12 @@
 manifest.json is a JSON object:
 
     format          1
-    architecture, model_args, num_classes, seed, versions     where the network comes from
+    architecture    the network's name
+    model, num_classes, model_args     what timm builds it of: a name, a number, and a JSON object of further arguments
+    seed, versions  of its random weights, and of the packages that wrote it (may be left out)
     input_size      [channels, height, width]
     batch           images per call
-    precision       'float32' or 'float16': that of the file
+    precision       'fp32' or 'fp16': that of the file
     grid            {group: [widths, ascending]}
     space           fingerprint of the width space
     configurations  [{"use": "train" or "valid", "widths": [one per group, in the order of the grid]}], in the order to measure them
@@ -28,13 +30,13 @@ from typing import Any, Optional
 from .errors import RunnerError
 from .onnx_widths import SlicedModel, load_proto
 
-__all__ = ['FORMAT', 'USES', 'Configuration', 'Manifest', 'load_json', 'read_manifest']
+__all__ = ['FILE_PRECISIONS', 'FORMAT', 'MAX_INPUT', 'USES', 'Configuration', 'Manifest', 'load_json', 'read_manifest']
 
 FORMAT = 1
 NAME = 'manifest.json'
 USES = ('train', 'valid')
-PRECISIONS = {'float32': 'fp32', 'float16': 'fp16'}  # of a file -> as backends call it
-MOST = 2 ** 31  # numbers in a batch of images
+FILE_PRECISIONS = ('fp32', 'fp16')  # in which models are exported
+MAX_INPUT = 2 ** 31  # numbers in a batch of images
 MAX_CONFIGURATIONS = 10 ** 6
 MAX_MANIFEST = 2 ** 28  # bytes
 
@@ -67,8 +69,8 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """That of the files, as backends call it."""
-        return PRECISIONS[self.data['precision']]
+        """That of the files."""
+        return self.data['precision']
 
     def network(self, index: int) -> bytes:
         """The ONNX file of a configuration.
@@ -146,18 +148,21 @@ def _check(data: Any) -> tuple[Configuration, ...]:
     if data.get('format') != FORMAT:
         raise RunnerError(f"its format is {str(data.get('format'))[:20]!r}, and this program reads {FORMAT}: they must be "
                           'of the same version of timm_width')
-    wanted = ('architecture', 'input_size', 'batch', 'precision', 'grid', 'space', 'configurations', 'files', 'recipe')
+    wanted = ('architecture', 'model', 'num_classes', 'model_args', 'input_size',
+              'batch', 'precision', 'grid', 'space', 'configurations', 'files', 'recipe')
     if missing := [k for k in wanted if k not in data]:
         raise RunnerError(f"it lacks {', '.join(missing)}")
     size, batch = data['input_size'], data['batch']
     if not isinstance(size, list) or len(size) != 3 or not all(_whole(n) for n in (*size, batch)):
         raise RunnerError('input_size must be [channels, height, width] and batch a number, whole and at least 1')
-    if size[0] * size[1] * size[2] * batch > MOST:
+    if size[0] * size[1] * size[2] * batch > MAX_INPUT:
         raise RunnerError(f'{batch} images of {size} are too many')
-    if data['precision'] not in PRECISIONS:
-        raise RunnerError(f"precision must be one of {', '.join(PRECISIONS)}, not {str(data['precision'])[:20]!r}")
-    if not isinstance(data['architecture'], str) or not isinstance(data['space'], str):
-        raise RunnerError('architecture and space must be text')
+    if data['precision'] not in FILE_PRECISIONS:
+        raise RunnerError(f"precision must be one of {', '.join(FILE_PRECISIONS)}, not {str(data['precision'])[:20]!r}")
+    if not all(isinstance(data[k], str) for k in ('architecture', 'model', 'space')):
+        raise RunnerError('architecture, model and space must be text')
+    if not _whole(data['num_classes']) or not all(isinstance(data.get(k, {}), dict) for k in ('model_args', 'versions')):
+        raise RunnerError('num_classes must be a whole number of at least 1, model_args and versions must be JSON objects')
     grid = data['grid']
     if not isinstance(grid, dict) or not grid or not all(
             isinstance(w, list) and w and all(map(_whole, w)) and w == sorted(set(w)) for w in grid.values()):
@@ -187,4 +192,4 @@ def _entry(file: Any) -> bool:
 
 
 def _whole(n: Any) -> bool:
-    return type(n) is int and 0 < n < MOST
+    return type(n) is int and 0 < n < MAX_INPUT

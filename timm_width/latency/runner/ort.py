@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
-from .base import Backend, Check, as_runner_error, check_outputs, inspect, make_inputs, usable_cpus
+from .base import Backend, Check, as_runner_error, check_device, check_outputs, inspect, make_inputs, usable_cpus
 from .errors import RunnerError
 
 __all__ = ['OnnxRuntime']
@@ -25,7 +25,7 @@ class OnnxRuntime(Backend):
         name: A key of PROVIDERS.
         precision: As in `Backend`.
         threads: As in `Backend`.
-        device: Number of the GPU.
+        device: Number of the GPU, by default 0; not for the CPU.
         level: The TensorRT provider's builder optimisation level, 0 to 5; None: its default.
         timing_cache: Folder of its timing cache; None: none.
 
@@ -38,12 +38,15 @@ class OnnxRuntime(Backend):
             name: str,
             precision: str = 'fp32',
             threads: Optional[int] = None,
-            device: int = 0,
+            device: Optional[int] = None,
             level: Optional[int] = None,
             timing_cache: Optional[str] = None,
     ):
         super().__init__(name, precision, threads)
-        self.provider, self.device, self.gpu = PROVIDERS[name], device, name != 'onnxruntime'
+        self.provider, self.gpu = PROVIDERS[name], name != 'onnxruntime'
+        if device is not None and not self.gpu:
+            raise RunnerError(f"{name} computes on the CPU: device is for {', '.join(n for n in PROVIDERS if n != name)}")
+        self.device = check_device(device or 0)
         self.tensorrt = name == 'onnxruntime-tensorrt'
         if not self.tensorrt and (level is not None or timing_cache is not None):
             raise RunnerError(f'level and timing_cache are for TensorRT, not for {name}')
@@ -58,7 +61,7 @@ class OnnxRuntime(Backend):
                               f'pip install {package}')
         if self.gpu and hasattr(onnxruntime, 'preload_dlls'):
             onnxruntime.preload_dlls()  # CUDA and cuDNN of pip packages, which are on no path
-        self.options: dict[str, str] = {'device_id': str(device)} if self.gpu else {}
+        self.options: dict[str, str] = {'device_id': str(self.device)} if self.gpu else {}
         if self.tensorrt:
             self.options |= {'trt_fp16_enable': str(precision == 'fp16'), 'trt_int8_enable': str(precision == 'int8')}
             if level is not None:
@@ -82,11 +85,7 @@ class OnnxRuntime(Backend):
         inputs = make_inputs(graph, graph.at(batch), check)
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = self.threads, 1, 4
-        with as_runner_error(f'{self.name} cannot run the file'):
-            session = self.runtime.InferenceSession(model, options, providers=[(self.provider, self.options)])
-        if self.provider not in session.get_providers():  # it would go on, on the CPU
-            raise RunnerError(f'{self.provider} cannot be loaded, so that ONNX Runtime would compute on the CPU: it needs the CUDA '
-                              'and cuDNN (and TensorRT) versions that onnxruntime.ai names for its version')
+        session = self._open(model, options)
         with as_runner_error(f'{self.name} cannot run the file'):
             outputs = session.run(None, inputs)
         check_outputs(outputs, self.precision, check)
@@ -99,6 +98,27 @@ class OnnxRuntime(Backend):
             session.run(names, inputs)
 
         yield call
+
+    def _open(self, model: bytes, options: Any) -> Any:
+        """A session that computes where it should, or not at all: ONNX Runtime would run on the CPU what a provider lacks."""
+        providers = [(self.provider, self.options)]
+        if self.tensorrt:
+            providers.append(('CUDAExecutionProvider', {'device_id': str(self.device)}))
+        if self.gpu:
+            options.add_session_config_entry('session.disable_cpu_ep_fallback', '1')
+        with as_runner_error(f'{self.name} cannot run the file'):
+            try:
+                session = self.runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+                placed = self.provider in session.get_providers()
+            except Exception as e:  # pybind's errors share no class but this
+                if 'CPU EP' not in str(e):
+                    raise
+                placed = False
+        if not placed:
+            raise RunnerError(f'{self.provider} cannot be loaded, or lacks an operation of the file, so that ONNX Runtime would '
+                              'compute on the CPU: it needs the CUDA and cuDNN (and TensorRT) versions that onnxruntime.ai '
+                              'names for its version, and a file for a fixed batch')
+        return session
 
     def _on_device(self, session: Any, inputs: dict) -> Any:
         """A call whose inputs and outputs stay on the GPU: copies are no part of a network's latency."""

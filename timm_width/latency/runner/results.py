@@ -11,8 +11,9 @@ Every other line is one of
                                                          configuration i, measured
     {"index": i, "use": "train", "error": "why"}         it failed, and will not be tried again
     {"reference": n, "ms": ..., "batch_ms": ..., ...}    configuration 0 again, when n were done: shows how much the machine drifts
-    {"retry": i}                                         a run that was killed goes on with configuration i
-    {"stopped": i}                                       a run was ended by hand at configuration i
+    {"retry": i}                                         a run goes on with configuration i
+    {"stopped": i}                                       a run ended in good order (by hand, at its --limit, because the device
+                                                         failed) before configuration i; one that was killed says nothing
 
 A last line that was cut off by a kill is left out; anything else that is wrong is an error.
 """
@@ -23,9 +24,9 @@ from typing import Any, NamedTuple, Optional
 
 from .errors import RunnerError
 from .manifest import USES, Manifest, load_json
-from .timing import Timing
+from .timing import MAX_MS, Timing
 
-__all__ = ['FORMAT', 'Results', 'read_results', 'scan_results']
+__all__ = ['FORMAT', 'Results', 'scan_results']
 
 FORMAT = 1
 MAX_BYTES = 2 ** 31
@@ -39,36 +40,17 @@ class Results(NamedTuple):
         rows: Configurations that were measured, in the order of the file.
         failed: Those that failed, with 'error'.
         references: Measurements of configuration 0 on the way.
-        retried: Configuration that a later run began with -> how often, since one was ended there by hand.
+        died: Configuration -> how often a run was killed at it, before the last one that is in the file.
         size: Bytes up to the end of the last whole line.
+        stopped: The last run ended in good order.
     """
     header: Mapping[str, Any]
     rows: list[dict[str, Any]]
     failed: list[dict[str, Any]]
     references: list[dict[str, Any]]
-    retried: dict[int, int]
+    died: dict[int, int]
     size: int
-
-
-def read_results(path: Path, manifest: Optional[Manifest] = None) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-    """Reads the timings of a results file.
-
-    Args:
-        path: The file.
-        manifest: The bundle that it must be of; by default it may be of any.
-
-    Returns:
-        The header, and the rows of the configurations that were measured (those that failed are left out), each with 'index', 'use'
-        and 'ms'.
-
-    Raises:
-        RunnerError: As `scan_results`; or no configuration was measured.
-    """
-    found = scan_results(path, manifest)
-    if not found.rows:
-        why = f": the first failed with: {found.failed[0]['error']}" if found.failed else ''
-        raise RunnerError(f"'{path}' has no measured configuration{why}")
-    return found.header, found.rows
+    stopped: bool = False
 
 
 def scan_results(path: Path, manifest: Optional[Manifest] = None) -> Results:
@@ -94,7 +76,9 @@ def scan_results(path: Path, manifest: Optional[Manifest] = None) -> Results:
     for number, line in enumerate(lines, 2):
         where = f"line {number} of '{path}'"
         try:
-            _row(load_json(line, 'it'), found, seen, manifest)
+            row = load_json(line, 'it')
+            _row(row, found, seen, manifest)
+            found = found._replace(stopped='stopped' in row)
         except RunnerError as e:
             raise RunnerError(f'{where}: {e}') from None
     return found
@@ -125,13 +109,18 @@ def _row(row: Any, found: Results, seen: set[int], manifest: Optional[Manifest])
         raise RunnerError('it must be a JSON object')
     count = found.header['configurations']
     if 'reference' in row:
+        if type(row['reference']) is not int or not 0 <= row['reference'] <= count:
+            raise RunnerError(f"reference must say how many of {count} were done, not {str(row['reference'])[:20]}")
         found.references.append(_timed(row, ('reference',), found.header))
         return
     index = next((row[k] for k in ('retry', 'stopped', 'index') if k in row), None)
     if type(index) is not int or not 0 <= index < count:
         raise RunnerError(f'there is no configuration {str(index)[:20]} among {count}')
     if 'retry' in row or 'stopped' in row:
-        found.retried[index] = found.retried.get(index, 0) + 1 if 'retry' in row else 0
+        if 'stopped' in row:
+            found.died[index] = 0
+        elif not found.stopped:
+            found.died[index] = found.died.get(index, 0) + 1
         return
     if index in seen:
         raise RunnerError(f'configuration {index} is there twice')
@@ -150,7 +139,8 @@ def _timed(row: dict[str, Any], keys: tuple[str, ...], header: Mapping[str, Any]
     """The row, if its timing is one."""
     timing = Timing.from_json({k: v for k, v in row.items() if k not in keys})
     ms = row.get('ms')
-    if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not math.isclose(ms, timing.ms, rel_tol=1e-6):
+    if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not 0 < ms <= MAX_MS or not math.isclose(
+            ms, timing.ms, rel_tol=1e-6):
         raise RunnerError(f'ms must be batch_ms divided by the batch, {timing.ms:.6g}, not {str(ms)[:40]}')
     if timing.batch != header['batch']:
         raise RunnerError(f"it was measured at batch {timing.batch}, and the file is for {header['batch']}")

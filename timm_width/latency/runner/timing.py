@@ -13,12 +13,13 @@ import numpy as np
 
 from .errors import RunnerError
 
-__all__ = ['LOOP', 'MAX_SPREAD', 'PRESETS', 'Timing', 'time_calls']
+__all__ = ['BRIEF', 'LOOP', 'MAX_SPREAD', 'PRESETS', 'Timing', 'time_calls']
 
 PERCENTILES = (5, 20, 50, 80, 95, 99)
 MAX_SPREAD = 0.1
-LOOP = ('warmup', 'runs', 'seconds', 'max_spread', 'attempts')  # the options of time_calls
+BRIEF = {'seconds': 0.01}  # options of time_calls where thousands of networks are measured
 MAX_RUNS = 10 ** 6
+MAX_COUNT = 2 ** 31
 MAX_MS = 1e9
 
 # What the papers measured. AOWS (supplement C): batches of 64 by TensorRT, of 1 and 16 by PyTorch on a CPU and a GPU; the loop is
@@ -102,10 +103,10 @@ class Timing:
                               f"{', '.join(wrong)}")
         for name in ('batch', 'runs', 'attempts'):
             value = found.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RunnerError(f'{name} of a timing must be a whole number of at least 1, not {value!r}')
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+                raise RunnerError(f'{name} of a timing must be a whole number of at least 1, not {str(value)[:40]}')
         if not isinstance(found['disturbed'], bool):
-            raise RunnerError(f"disturbed of a timing must be true or false, not {found['disturbed']!r}")
+            raise RunnerError(f"disturbed of a timing must be true or false, not {str(found['disturbed'])[:40]}")
         percentiles, builds = found['percentiles'], found.get('builds', [])
         if not isinstance(percentiles, Mapping) or not isinstance(builds, (list, tuple)):
             raise RunnerError('percentiles of a timing are a JSON object, builds a list')
@@ -114,7 +115,9 @@ class Timing:
         for name, value in {**numbers, 'spread': found['spread']}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_MS or (
                     value == 0 and name != 'spread'):
-                raise RunnerError(f'{name} of a timing must be a finite number above zero, not {value!r}')
+                raise RunnerError(f'{name} of a timing must be a finite number above zero, not {str(value)[:40]}')
+        if missing := [str(p) for p in PERCENTILES if str(p) not in percentiles]:
+            raise RunnerError(f"percentiles of a timing must have {', '.join(map(str, PERCENTILES))}: {missing[0]} is missing")
         return cls(**{**found, 'percentiles': {str(k): float(v) for k, v in percentiles.items()},
                       'builds': tuple(map(float, builds))})
 
@@ -168,6 +171,9 @@ def time_calls(
         if not calls:
             break
     return {name: dataclasses.replace(timing, attempts=made) for name, timing in best.items()}
+
+
+LOOP: dict[str, Any] = {k: v for k, v in time_calls.__kwdefaults__.items() if k != 'batch'}  # its options, and their defaults
 
 
 def _worst(timings: Mapping[str, Timing]) -> float:

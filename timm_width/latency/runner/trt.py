@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from .base import Backend, Check, Graph, as_runner_error, check_outputs, inspect, make_inputs
+from .base import Backend, Check, Graph, as_runner_error, check_device, check_outputs, inspect, make_inputs
 from .errors import RunnerError
 from .timing import Timing, time_calls
 
@@ -24,6 +24,7 @@ class TensorRT(Backend):
         name: 'tensorrt'.
         precision: As in `Backend`; int8 needs a file with quantization nodes.
         threads: None.
+        device: Number of the GPU.
         level: Builder optimisation level, 0 to 5; None: TensorRT's default.
         timing_cache: File of kernel timings, which is read if it exists, and written after each build; None: none.
         cuda_graph: Launch the network as a CUDA graph.
@@ -39,6 +40,7 @@ class TensorRT(Backend):
             name: str = 'tensorrt',
             precision: str = 'fp32',
             threads: Optional[int] = None,
+            device: int = 0,
             level: Optional[int] = None,
             timing_cache: Optional[str] = None,
             cuda_graph: bool = False,
@@ -60,11 +62,12 @@ class TensorRT(Backend):
             raise RunnerError('engines must be at least 1; several with a timing cache would all choose the same kernels')
         if level is not None and not 0 <= level <= 5:
             raise RunnerError(f'level is a builder optimisation level, 0 to 5, not {level!r}')
-        self.trt, self.cuda = tensorrt, runtime
+        self.trt, self.cuda, self.device = tensorrt, runtime, check_device(device)
         self.level, self.cuda_graph, self.engines = level, cuda_graph, engines
         self.timing_cache = Path(timing_cache) if timing_cache else None
-        self.flag = None if precision == 'fp32' else getattr(tensorrt.BuilderFlag, precision.upper(), None)
-        self.typed = precision != 'fp32' and self.flag is None  # TensorRT 11
+        self.major = int(tensorrt.__version__.split('.')[0])
+        self.typed = self.major >= 11
+        self.flag = None if precision == 'fp32' or self.typed else getattr(tensorrt.BuilderFlag, precision.upper(), None)
         self.logger = tensorrt.Logger(tensorrt.Logger.ERROR)
 
     def describe(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class TensorRT(Backend):
             with ExitStack() as stack:
                 calls = {str(i): stack.enter_context(self.prepare(model, batch, (checks or {}).get(name)))
                          for i in range(self.engines)}
-                timings = sorted(time_calls(calls, batch=size, **loop).values(), key=lambda t: t.batch_ms)
+                timings = sorted(time_calls(calls, batch=size, **self.loop(loop)).values(), key=lambda t: t.batch_ms)
             middle = timings[(len(timings) - 1) // 2]
             found[name] = Timing(**{**vars(middle), 'builds': tuple(t.batch_ms for t in timings)})
         return found
@@ -101,12 +104,14 @@ class TensorRT(Backend):
         """As `Backend.prepare`: builds an engine."""
         graph = inspect(model)
         if graph.precision != self.precision and (
-                self.typed or self.precision == 'int8' or self.precision == 'fp32' or graph.precision == 'int8'):
+                self.flag is None or self.precision == 'int8' or graph.precision == 'int8'):
             raise RunnerError(f'TensorRT {self.trt.__version__} needs a file in {self.precision} for that, and this one is '
                               f'{graph.precision}: export it in {self.precision}, or ask for {graph.precision}')
         inputs = make_inputs(graph, graph.at(batch), check)
         with ExitStack() as stack:
             with as_runner_error('TensorRT cannot run the file'):
+                stack.callback(self.cuda.cudaSetDevice, self._do(self.cuda.cudaGetDevice()))
+                self._do(self.cuda.cudaSetDevice(self.device))
                 engine = self.trt.Runtime(self.logger).deserialize_cuda_engine(self._build(model, graph, inputs))
                 if engine is None:
                     raise RunnerError('TensorRT cannot load the engine that it built')
@@ -117,7 +122,7 @@ class TensorRT(Backend):
     def _build(self, model: bytes, graph: Graph, inputs: Mapping[str, np.ndarray]) -> Any:
         trt = self.trt
         builder = trt.Builder(self.logger)
-        old = int(trt.__version__.split('.')[0]) < 10  # later there is nothing but the explicit batch
+        old = self.major < 10  # later there is nothing but the explicit batch
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH) if old else 0)
         parser = trt.OnnxParser(network, self.logger)
         if not parser.parse(model):

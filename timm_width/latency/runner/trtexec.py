@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
-from .base import Backend, Check, first_line, inspect
+from .base import Backend, Check, check_device, first_line, inspect
 from .errors import RunnerError
-from .timing import MAX_SPREAD, Timing
+from .timing import LOOP, Timing
 from .trtexec_log import GPU, parse_json, parse_log
 
 __all__ = ['Trtexec', 'command']
@@ -33,8 +33,8 @@ def command(
         level: Optional[int] = None,
         timing_cache: Optional[str] = None,
         cuda_graph: bool = False,
-        iterations: int = 10,
-        duration: int = 3,
+        iterations: Optional[int] = None,
+        duration: Optional[int] = None,
 ) -> list[str]:
     """A command line of trtexec.
 
@@ -50,8 +50,8 @@ def command(
         level: Builder optimisation level, 0 to 5 (TensorRT 8.6 and later).
         timing_cache: File of the timing cache, read and written (TensorRT 8.0 and later).
         cuda_graph: Launch the network as a CUDA graph.
-        iterations: Queries at least.
-        duration: Seconds at least.
+        iterations: Queries at least; None: its default, 10.
+        duration: Seconds at least; None: its default, 3.
     """
     found = [program, f'--loadEngine={load}' if load else f'--onnx={onnx}', f'--device={device}']
     if not load:
@@ -63,7 +63,9 @@ def command(
         found.append('--shapes=' + ','.join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items()))
     found += ['--useCudaGraph'] if cuda_graph else []
     found += [f'--exportTimes={times}'] if times else []
-    return [*found, f'--iterations={iterations}', f'--duration={duration}']
+    found += [f'--iterations={iterations}'] if iterations is not None else []
+    found += [f'--duration={duration}'] if duration is not None else []
+    return found
 
 
 class Trtexec(Backend):
@@ -85,6 +87,9 @@ class Trtexec(Backend):
         RunnerError: The program is not there, or is too old or too new for an option.
     """
     gpu = True
+    # its own 10 iterations in 3 s; its warm-up of 200 ms stays
+    defaults = {**{k: v for k, v in LOOP.items() if k != 'warmup'}, 'runs': 10, 'seconds': 0.3}
+    brief: Mapping[str, Any] = {}
 
     def __init__(
             self,
@@ -107,13 +112,14 @@ class Trtexec(Backend):
         if engines < 1 or engines > 1 and timing_cache:
             raise RunnerError('engines must be at least 1; several with a timing cache would all choose the same kernels')
         self.program, self.engines, self.timeout = found, engines, timeout
+        self.device = check_device(device)
         self.given = {'device': device, 'level': level, 'timing_cache': timing_cache, 'cuda_graph': cuda_graph}
         said = self._call([found, '--help'])
         self.known = set(re.findall(r'--\w+', said))
         self.version = next((run.version for run in parse_log(said) if run.version), None)
         self.flag = precision == 'fp32' or f'--{precision}' in self.known
         if self.known:
-            line = command('x', precision if self.flag else 'fp32', times='x', save='x', **self.given)
+            line = command('x', precision if self.flag else 'fp32', times='x', save='x', iterations=1, duration=1, **self.given)
             if missing := [o for o in (a.partition('=')[0] for a in line[1:]) if o not in self.known]:
                 raise RunnerError(f"{found} of TensorRT {self.version or 'unknown'} has no {missing[0]}")
 
@@ -131,18 +137,10 @@ class Trtexec(Backend):
             **loop: Any,
     ) -> dict[str, Timing]:
         """As `Backend.measure_all`, but one after the other; `runs` is the least number of them, `runs * seconds` how long."""
+        loop = self.loop(loop)
         return {name: self._measure(model, batch, **loop) for name, model in models.items()}
 
-    def _measure(
-            self,
-            model: bytes,
-            batch: Optional[int],
-            runs: int = 10,
-            seconds: float = 0.3,
-            max_spread: float = MAX_SPREAD,
-            attempts: int = 3,
-            warmup: int = 0,  # trtexec's own, 200 ms
-    ) -> Timing:
+    def _measure(self, model: bytes, batch: Optional[int], runs: int, seconds: float, max_spread: float, attempts: int) -> Timing:
         graph = inspect(model)
         shapes = graph.at(batch)
         if not self.flag and graph.precision != self.precision:
