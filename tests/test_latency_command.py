@@ -187,6 +187,7 @@ def test_measure_does_the_three_steps_and_goes_on_after_a_kill(quick, tmp_path, 
     monkeypatch.setattr(build, 'fit_results', killed)
     assert cli.main(command) == 130 and not (tmp_path / 'm.json').exists()
     before = (tmp_path / 'm.bundle' / 'results.jsonl').read_text().splitlines()
+    assert (tmp_path / 'm.bundle' / 'model.onnx').exists() == (backend != 'torch')  # which needs neither files nor onnx
     monkeypatch.setattr(build, 'fit_results', fit)
     assert cli.main(command) == 0
     after = (tmp_path / 'm.bundle' / 'results.jsonl').read_text().splitlines()

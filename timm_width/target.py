@@ -183,7 +183,7 @@ def build_target(args: Namespace, target: Target, space: WidthSpace, rule: str) 
     half = target.precision == 'fp16' and target.backend not in TORCH
     arguments = {k: v for k, v in model_arguments(args).items() if k not in ('checkpoint_path', 'pretrained_cfg_overlay')}
     order = Order(args.model, rule, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se,
-                  space.input_size[1], target.batch, 'float16' if half else 'float32', args.num_classes, None, arguments, args.seed)
+                  space.input_size[1], target.batch, 'fp16' if half else 'fp32', args.num_classes, None, arguments, args.seed)
     device = Device(target.backend, target.precision, target.threads, target.device)
     say(args, f'measuring latency: {target}, at most {args.latency_samples} networks')
     fit = build_latency_model(order, device, args.latency_samples, Path(args.output) / 'search' / 'latency',

@@ -18,7 +18,7 @@ from ..factors import random_widths
 from ..resize import resize
 from ..space import WidthSpace
 from .blocks import block_tables, find_blocks
-from .bundle import Order, describe_order, export_bundle, make_network
+from .bundle import Order, describe_order, export_bundle, make_network, plan_bundle
 from .fit import Fit, fit_results
 from .measure import TORCH, Measurement, describe, measure
 from .model import SUFFIX, LatencyModel, predict, space_fingerprint, validate
@@ -77,7 +77,8 @@ def build_latency_model(
     backend: Any = _Torch(device) if device.backend in TORCH else open_backend(
         device.backend, precision=device.precision, threads=device.threads)
     if not (folder / 'manifest.json').is_file():
-        export_bundle(order, folder, partial(networks_to_time, samples=samples, seed=order.seed))
+        write = plan_bundle if device.backend in TORCH else export_bundle
+        write(order, folder, partial(networks_to_time, samples=samples, seed=order.seed))
     manifest = read_manifest(folder)
     space = _check_same(manifest, order, samples)
     if device.backend in TORCH:

@@ -37,7 +37,7 @@ from .onnx_graph import RecipeError, export_bytes, settle
 from .onnx_recipe import find_recipe
 from .runner.manifest import FILE_PRECISIONS, FORMAT, MAX_INPUT, USES, read_manifest
 
-__all__ = ['Network', 'Order', 'check_packages', 'describe_order', 'export_bundle', 'make_network']
+__all__ = ['Network', 'Order', 'check_packages', 'describe_order', 'export_bundle', 'make_network', 'plan_bundle']
 
 RUN = '''"""Measures this bundle: python run.py --backend onnxruntime (or tensorrt, trtexec, ...: --help lists them)."""
 import sys
@@ -134,6 +134,23 @@ def describe_order(order: Order, network: Network) -> dict[str, Any]:
             'grid': {name: list(widths) for name, widths in grid.items()}}
 
 
+def plan_bundle(order: Order, out: Path, draw: Draw) -> None:
+    """Writes the manifest of a bundle alone: enough for torch, which measures the networks where they are built.
+
+    Args:
+        order: What it is to hold.
+        out: The folder.
+        draw: Chooses the configurations.
+
+    Raises:
+        UsageError: Something cannot be worked with; then nothing is written.
+    """
+    _check(order, out, False)
+    network = make_network(order)
+    with _beside(out) as folder:
+        _write_manifest(folder, order, network, _configurations(order, network, draw), [], None)
+
+
 def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) -> str:
     """Writes a bundle, whole or not at all.
 
@@ -149,18 +166,12 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
     Raises:
         UsageError: Something cannot be worked with; then nothing is written.
     """
+    check_packages()
     _check(order, out, overwrite)
     network = make_network(order)
     _, space, grid = network  # of which a search has the space; the exported one has other activations
     size = space.input_size
-    _check_images(order.batch, *size)
-    configurations = [(use, {name: widths.get(name) for name in grid}) for use, widths in draw(space, grid)]
-    for use, widths in configurations:
-        if use not in USES or any(w not in grid[name] for name, w in widths.items()):
-            raise UsageError(f'a drawn configuration is not on the grid, or neither to train nor to validate: {use} {widths}')
-    if not configurations:
-        raise UsageError('there must be at least one configuration')
-
+    configurations = _configurations(order, network, draw)
     images = torch.randn(order.batch, *size, generator=torch.Generator().manual_seed(order.seed))
     largest = resize(_build(order, exportable=True), space, {name: widths[-1] for name, widths in grid.items()})
     try:
@@ -170,20 +181,45 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
     own = trace(largest, size)
     with _beside(out) as folder:
         recipe, files, why = _write_networks(order, largest, own, grid, configurations, images, folder)
-        manifest = {
-            'format': FORMAT, **describe_order(order, network), 'files': files, 'recipe': recipe,
-            'configurations': [{'use': use, 'widths': list(widths.values())} for use, widths in configurations],
-            'versions': {'timm_width': __version__, **{n: import_module(n).__version__ for n in ('timm', 'torch', 'onnx')}}}
-        text = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in manifest.items())
-        (folder / 'manifest.json').write_text('{\n' + text + '\n}\n', encoding='utf-8')
+        _write_manifest(folder, order, network, configurations, files, recipe)
         (folder / 'run.py').write_text(RUN, encoding='utf-8')
         shutil.copytree(Path(__file__).parent / 'runner', folder / 'runner', ignore=shutil.ignore_patterns('__pycache__'))
-        read_manifest(folder)  # as the target will
     total = sum(f.stat().st_size for f in out.rglob('*.onnx'))
     how = f'exported one by one ({why})' if why else 'cut from one file'
     return (f'{out}: {space.architecture}, {len(configurations)} configurations of {len(grid)} groups, {how}, '
             f"{total / 1e6:.1f} MB, {order.precision}, input {'x'.join(map(str, (order.batch, *size)))}\n"
             f'copy it to the target, and there: python {out.name}/run.py --backend onnxruntime')
+
+
+def _configurations(order: Order, network: Network, draw: Draw) -> list[tuple[str, dict[str, int]]]:
+    """The networks to measure, checked."""
+    _, space, grid = network
+    _check_images(order.batch, *space.input_size)
+    configurations = [(use, {name: widths.get(name) for name in grid}) for use, widths in draw(space, grid)]
+    for use, widths in configurations:
+        if use not in USES or any(w not in grid[name] for name, w in widths.items()):
+            raise UsageError(f'a drawn configuration is not on the grid, or neither to train nor to validate: {use} {widths}')
+    if not configurations:
+        raise UsageError('there must be at least one configuration')
+    return configurations
+
+
+def _write_manifest(
+        folder: Path,
+        order: Order,
+        network: Network,
+        configurations: Sequence[tuple[str, Mapping[str, int]]],
+        files: Sequence[Mapping[str, str]],
+        recipe: Optional[Mapping[str, Any]],
+) -> None:
+    packages = ('timm', 'torch', *(['onnx'] if files else []))
+    manifest = {
+        'format': FORMAT, **describe_order(order, network), 'files': files, 'recipe': recipe,
+        'configurations': [{'use': use, 'widths': list(widths.values())} for use, widths in configurations],
+        'versions': {'timm_width': __version__, **{name: import_module(name).__version__ for name in packages}}}
+    text = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in manifest.items())
+    (folder / 'manifest.json').write_text('{\n' + text + '\n}\n', encoding='utf-8')
+    read_manifest(folder)  # as the target will
 
 
 def _write_networks(
@@ -234,7 +270,6 @@ def _check(order: Order, out: Path, overwrite: bool) -> None:
         json.dumps(dict(order.model_args))
     except (TypeError, ValueError):
         raise UsageError(f'--model-kwargs {dict(order.model_args)} cannot be written as JSON') from None
-    check_packages()
 
 
 def check_packages(backend: str = 'onnxruntime') -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO, Optional
@@ -279,7 +280,8 @@ def host() -> dict[str, Any]:
     """The machine and the versions of what runs on it."""
     versions = {}
     for name in ('numpy', 'onnx'):
-        versions[name] = import_module(name).__version__
+        if find_spec(name):
+            versions[name] = import_module(name).__version__
     return {'system': platform.platform(), 'processor': cpu_name(), 'cores': os.cpu_count(), 'python': platform.python_version(),
             **versions}
 

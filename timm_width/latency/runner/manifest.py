@@ -13,7 +13,7 @@ manifest.json is a JSON object:
     space           fingerprint of the width space
     configurations  [{"use": "train" or "valid", "widths": [one per group, in the order of the grid]}], in the order to measure them
     files           [{"file": name, "sha256": digest}]: model.onnx at the largest widths; or, where there is no recipe, one file per
-                    configuration
+                    configuration; or none, where torch measures the networks where they are built
     recipe          what `onnx_widths` slices model.onnx by, or null
 
 Bundles come from elsewhere, so everything is checked before it is used.
@@ -87,6 +87,8 @@ class Manifest:
         return None if self.data['recipe'] is None else SlicedModel(self._file(0), self.data['recipe'])
 
     def _file(self, index: int) -> bytes:
+        if not self.data['files']:
+            raise RunnerError(f"'{self.folder}' holds no networks: they were measured by torch, where they were built")
         entry = self.data['files'][index]
         path = self.folder / entry['file']
         try:
@@ -180,8 +182,8 @@ def _check(data: Any) -> tuple[Configuration, ...]:
             raise RunnerError(f'configuration {i} is not on the grid')
         configurations.append(Configuration(row['use'], dict(zip(grid, widths))))
     files, sliced = data['files'], data['recipe'] is not None
-    if not isinstance(files, list) or len(files) != (1 if sliced else len(rows)) or not all(map(_entry, files)):
-        raise RunnerError('files must name one ONNX file, or without a recipe one per configuration, and its sha256')
+    if not isinstance(files, list) or len(files) not in ((1,) if sliced else (0, len(rows))) or not all(map(_entry, files)):
+        raise RunnerError('files must name one ONNX file, or without a recipe one per configuration (or none), and its sha256')
     return tuple(configurations)
 
 
