@@ -505,7 +505,7 @@ def test_a_search_resumed_with_another_budget(searched, capsys, monkeypatch):
     out, err = capsys.readouterr()
     if searched.policy == 'aows':
         assert code == 2 and len(err.strip().splitlines()) == 1 and not out
-        assert 'aows was trained for the budgets there, --budget macs=0.5x; others need another --output' in err
+        assert 'aows learned for the budgets there, macs=0.5x, and knows nothing of others: they need another --output' in err
         assert (searched.folder / 'args.yaml').read_text() == args
         assert cli.main(['search', '--resume', str(searched.folder), '--budget', 'macs=0.5x']) == 0  # the same is no other
         out = capsys.readouterr().out

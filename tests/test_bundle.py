@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,28 @@ def test_the_first_configuration_is_measured_now_and_then(bundle, monkeypatch):
     said = measure_bundle(read_manifest(bundle), Fake(), bundle / 'r.jsonl')
     assert [row['reference'] for row in lines(bundle / 'r.jsonl') if 'reference' in row] == [5, 10]
     assert 'the first one, 3 times, varied by 0.0%' in said and REFERENCE == 25
+
+
+def test_what_other_load_disturbed_is_timed_once_more_and_the_calmer_timing_counts(bundle):
+    """In the file, all that was measured stays; a reader sees the calmer timing, at its own place in time."""
+    results, manifest = bundle / 'r.jsonl', read_manifest(bundle)
+
+    class Disturbed(Fake):
+        spreads = {2: 0.5, 5: 0.3}  # call -> spread
+
+        def measure(self, *args, **kwargs):
+            call, timing = self.calls, super().measure(*args, **kwargs)
+            spread = {**self.spreads, SAMPLES + 1: 0.02, SAMPLES + 2: 0.4}.get(call, 0.)  # after the reference: 2 calm, 5 worse
+            return replace(timing, spread=spread, disturbed=spread > 0.1)
+
+    said = measure_bundle(manifest, Disturbed(), results)
+    assert [row['again'] for row in lines(results) if 'again' in row] == [2, 5] and '1 disturbed by other load' in said
+    found = scan_results(results, manifest)
+    assert {row['index']: row['spread'] for row in found.rows if row['spread']} == {2: 0.02, 5: 0.3}
+    assert [row['position'] for row in found.rows] == [k if k != 2 else SAMPLES + 1 for k in range(SAMPLES)]
+    assert [row['position'] for row in found.references] == [SAMPLES, SAMPLES + 3]
+    measure_bundle(manifest, Fake(), results)  # and again, by the next call
+    assert not [row for row in scan_results(results, manifest).rows if row['disturbed']]
 
 
 def test_a_configuration_that_kills_the_program_twice_is_given_up(bundle):

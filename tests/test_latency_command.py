@@ -36,7 +36,7 @@ def milliseconds(space, grid, widths) -> float:
 
 
 def row(index: int, use: str, ms: float, **more) -> dict:
-    return {'index': index, 'use': use, 'ms': ms, 'batch_ms': ms, 'batch': 1, 'runs': 5, 'mean': 1.2 * ms, 'minimum': 0.9 * ms,
+    return {'index': index, 'position': index, 'use': use, 'ms': ms, 'batch_ms': ms, 'batch': 1, 'runs': 5, 'mean': 1.2 * ms, 'minimum': 0.9 * ms,
             'spread': 0.02, 'disturbed': False, 'attempts': 1,
             'percentiles': {k: f * ms for k, f in zip(('5', '20', '50', '80', '95', '99'), (.9, .95, 1, 1.1, 1.2, 1.3))}, **more}
 
@@ -58,7 +58,8 @@ def measured(bundle):
     header = {'format': 1, 'manifest': manifest.fingerprint, 'architecture': MODEL, 'configurations': len(rows), 'batch': 1,
               'precision': 'fp32', 'backend': {'backend': 'onnxruntime', 'device': 'a CPU of nowhere', 'threads': 1}, 'loop': {},
               'host': {}}
-    (bundle / 'results.jsonl').write_text('\n'.join(map(json.dumps, [header, *rows])) + '\n')
+    lines = [{k: v for k, v in r.items() if k != 'position'} for r in rows]
+    (bundle / 'results.jsonl').write_text('\n'.join(map(json.dumps, [header, *lines])) + '\n')
     return manifest, Results(header, rows, [], [], {}, 0), space
 
 
@@ -107,7 +108,7 @@ def test_the_drift_of_the_machine_is_taken_out(measured):
         return dict(r, **{k: r[k] * (1 + at / 240) for k in ('ms', 'batch_ms', 'minimum', 'mean')})
 
     rows = [slow(r, r['index']) for r in results.rows]
-    again = [dict(slow(results.rows[0], at), reference=at) for at in range(10, 120, 10)]
+    again = [dict(slow(results.rows[0], at), reference=at, position=at) for at in range(10, 120, 10)]
     fits = [fit_results(manifest, results._replace(rows=rows, references=refs), space, steady=steady)
             for refs, steady in (([], True), (again, False), (again, True))]
     assert fits[0].model.validation.nrmse == fits[1].model.validation.nrmse > 3 * fits[2].model.validation.nrmse
@@ -171,6 +172,7 @@ def quick(monkeypatch):
     """Times that are measured, but not for long."""
     monkeypatch.setattr(build, 'BRIEF', QUICK)
     monkeypatch.setattr(build, 'FIRST', 60)
+    monkeypatch.setattr(build, 'DRAWN', 80)
     monkeypatch.setattr(build, 'BLOCK_SAMPLES', 3)
     monkeypatch.setattr(target, 'measure_many', partial(target.measure_many, **QUICK))
 
@@ -196,9 +198,13 @@ def test_measure_does_the_three_steps_and_goes_on_after_a_kill(quick, tmp_path, 
     assert model.backend['backend'] == backend and model.backend['threads'] == 1 and model.batch == 1
     assert model.cost(trace(timm.create_model(MODEL, num_classes=3), (3, SIZE, SIZE)))() > 0
     assert cli.main(command) == 2 and 'exists: give another --out' in capsys.readouterr().err
-    for flag, value, what in ('seed', '1', 'seed'), ('num-classes', '4', 'num_classes'), ('grid', '0.5,1', 'grid'), ('samples', '80', 'samples'):
+    for flag, value, what in ('seed', '1', 'seed'), ('num-classes', '4', 'num_classes'), ('grid', '0.5,1', 'grid'), ('samples', '90', 'samples'):
         assert cli.main([*command, '--overwrite', f'--{flag}', value]) == 2
         assert f'holds networks of another {what}' in capsys.readouterr().err
+    assert cli.main([*command, '--overwrite', '--threads', '2']) == 2
+    assert 'holds networks measured with threads 1, and not 2' in capsys.readouterr().err
+    assert cli.main([*command, '--overwrite', '--samples', '76']) == 0  # measures more
+    assert LatencyModel.load(tmp_path / 'm.json').about['networks'] > model.about['networks']
 
 
 def test_measuring_ends_when_more_does_not_help(monkeypatch, tmp_path, bundle, measured):
@@ -218,6 +224,7 @@ def test_measuring_ends_when_more_does_not_help(monkeypatch, tmp_path, bundle, m
     monkeypatch.setattr(build, 'FIRST', 60)
     monkeypatch.setattr(build, 'open_backend', lambda *a, **k: Known())
     monkeypatch.setattr(build, 'measure_bundle', measure_bundle)
+    monkeypatch.setattr(build, 'check_begun', lambda *a: None)
     monkeypatch.setattr(build, 'scan_results', lambda path, manifest: measured[1]._replace(rows=measured[1].rows[:asked[-1]]))
     said = []
     fit = build.build_latency_model(ORDER, build.Device('onnxruntime'), 120, bundle, said.append)

@@ -130,7 +130,7 @@ def test_onnx_files_are_measured_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize('content, says', [
-    (None, 'cannot be read'), (b'', 'not a complete ONNX file'), (b'something else', 'not a complete ONNX file'),
+    (None, 'is no ONNX file that can be read'), (b'', 'not a complete ONNX file'), (b'something else', 'not a complete ONNX file'),
     (conv_file(1)[:-40], 'not a complete ONNX file'), (conv_file(1, size='H'), 'only the batch may be')])
 def test_broken_onnx_files(content, says, tmp_path):
     file = tmp_path / 'm.onnx'
@@ -157,6 +157,13 @@ def test_wrong_arguments(options, says):
     assert len(str(e.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize('given, says', [
+    (([Tiny()],), 'as a dict of name -> network, not as list'), (({'a': 3},), 'not int'), (({'a': Tiny()}, 32), 'input must be')])
+def test_what_is_no_network_is_refused(given, says):
+    with pytest.raises(UsageError, match=says):
+        measure_many(*given)
+
+
 def test_files_and_models_do_not_mix(tmp_path):
     file = tmp_path / 'm.onnx'
     file.write_bytes(conv_file(1))
@@ -171,9 +178,12 @@ def test_presets_are_what_is_done(preset, batch, monkeypatch):
     """And what is said besides goes before them."""
     seen = {}
     monkeypatch.setattr(module, 'time_calls', lambda calls, **options: seen.update(options) or {'model': None})
-    measure(Tiny(), (3, 16, 16), preset=preset)
+    if preset == 'aows-gpu' and not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="device 'cuda' cannot be used here"):
+            measure(Tiny(), (3, 16, 16), preset=preset)
+    measure(Tiny(), (3, 16, 16), preset=preset, device='cpu')
     assert seen == {'warmup': 10, 'runs': 60, 'seconds': 0, 'batch': batch, 'max_spread': 0.1, 'attempts': 3}
-    assert measure(Tiny(), (3, 16, 16), preset=preset, batch=3, runs=7).batch == 3 and (seen['runs'], seen['warmup']) == (7, 10)
+    assert measure(Tiny(), (3, 16, 16), preset=preset, device='cpu', batch=3, runs=7).batch == 3 and (seen['runs'], seen['warmup']) == (7, 10)
 
 
 @pytest.mark.parametrize('device, number', [('cuda', None), ('cuda:0', 0), ('cuda:3', 3)])

@@ -133,16 +133,18 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     args.fix = list(dict.fromkeys(args.fix))  # one that is said again on --resume is no other
     if known.resume:
         args.output = known.resume
-        changed = [k for k, v in earlier.items() if k not in FREE and vars(args).get(k) != v]
+        free = {*FREE, *(f'{name}.{option}' for name, policy in found.items() for option in policy.free_options)}
+        changed = [k for k, v in earlier.items() if k not in free and vars(args).get(k) != v]
         if changed:
             raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
         learned = [name for name in (earlier['policy'], *earlier.get('baselines', ())) if name != BASE and
                    policies.label(name) in found and found[policies.label(name)].learns_budget]
         if learned and any(getattr(args, k) != earlier.get(k) for k in ('budget', 'latency_model')):
-            model = f", --latency-model {earlier['latency_model']}" if earlier.get('latency_model') else ''
-            raise UsageError(f"--resume '{known.resume}': {policies.label(learned[0])} was trained for the budgets there, "
-                             f"--budget {' '.join(map(str, earlier.get('budget', ())))}{model}; others need another --output")
+            model = f" by --latency-model {earlier['latency_model']}" if earlier.get('latency_model') else ''
+            raise UsageError(f"--resume '{known.resume}': {policies.label(learned[0])} learned for the budgets there, "
+                             f"{' '.join(map(str, earlier.get('budget', ())))}{model}, and knows nothing of others: they need "
+                             'another --output')
     elif args.search_epochs is None:
         args.search_epochs = found[policies.label(known.policy)].search_epochs
     return args, found
@@ -269,7 +271,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
     learning = learning_problem(problem)
     measuring = needs_measuring(args)
     if measuring:
-        check_measurable(args, target, problem.space)
+        check_measurable(args, target, problem.space, rules[name])
     check_kept(args, target, [label for label, policy in found.items() if policy.learns_budget])
     if is_primary(args):
         _prepare_output(args, output)
@@ -358,8 +360,17 @@ def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, 
 
 def _folder(args: Namespace, entry: _Entry) -> Path:
     """Where a found network is saved: --output itself, or a folder for each of several budgets."""
+    return _budget_folder(args, entry.budget.text)
+
+
+def _budget_folder(args: Namespace, budget: str) -> Path:
+    """--output itself for a single budget, unless that holds the network of another one, which is not replaced."""
     output = Path(args.output)
-    return output if len(args.budget) == 1 else output / _folder_name(entry.budget.text)
+    own = output / _folder_name(budget)
+    if len(args.budget) > 1 or (own / 'config.json').is_file():
+        return own
+    there = load_spec(output).provenance.get('budget') if (output / 'config.json').is_file() else budget
+    return output if there == budget else own
 
 
 def _folder_name(budget: str) -> str:
@@ -477,7 +488,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''
     print()
     for budget in args.budget:
-        path = Path(args.output) if len(args.budget) == 1 else Path(args.output) / _folder_name(budget)
+        path = _budget_folder(args, budget)
         base = load_spec(path).architecture.removesuffix(SUFFIX)
         ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
         print(f"The found model: {ready}; timm.create_model('local-dir:{path}'{trained})")

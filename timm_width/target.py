@@ -12,7 +12,7 @@ from .cost import Cost
 from .data import UsageError
 from .engine import model_arguments, say
 from .factors import Grid
-from .latency.build import Device, build_latency_model
+from .latency.build import Device, build_latency_model, check_begun
 from .latency.bundle import Order, check_packages
 from .latency.measure import BACKEND_NAMES, TORCH, Measurement, check_backend, describe, measure_many, usual_batch
 from .latency.model import LatencyModel
@@ -124,6 +124,8 @@ def find_target(args: Namespace) -> Target:
     device = args.device if backend in TORCH else None
     batch = wanted['batch'] or usual_batch(device or ('cpu' if backend == 'onnxruntime' else 'cuda'))
     target = Target(backend, precision, batch, wanted['threads'], device, model)
+    if model is not None and (note := model.validation.warning):
+        say(args, f"note: the latency model '{path}' {note}")
     if model is None or path == _built(args):
         check_backend(backend, precision, args.device)
         return target
@@ -170,24 +172,33 @@ def needs_measuring(args: Namespace) -> bool:
     return args.latency_model == MEASURE and _file(args) is None
 
 
-def check_measurable(args: Namespace, target: Target, space: WidthSpace) -> None:
+def check_measurable(args: Namespace, target: Target, space: WidthSpace, rule: str) -> None:
     """Raises UsageError where `build_target` could not make a latency model: before anything is written."""
     size = space.input_size
     if size[1] != size[2]:
         raise UsageError(f'--latency-model {MEASURE} measures square images, not {size}')
     check_packages(target.backend)
+    check_begun(*_order(args, target, space, rule), args.latency_samples, _bundle(args))
 
 
-def build_target(args: Namespace, target: Target, space: WidthSpace, rule: str) -> Target:
-    """Makes the latency model that --latency-model measure asks for, in --output."""
+def _bundle(args: Namespace) -> Path:
+    return Path(args.output) / 'search' / 'latency'
+
+
+def _order(args: Namespace, target: Target, space: WidthSpace, rule: str) -> tuple[Order, Device]:
     half = target.precision == 'fp16' and target.backend not in TORCH
     arguments = {k: v for k, v in model_arguments(args).items() if k not in ('checkpoint_path', 'pretrained_cfg_overlay')}
     order = Order(args.model, rule, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se,
                   space.input_size[1], target.batch, 'fp16' if half else 'fp32', args.num_classes, None, arguments, args.seed)
-    device = Device(target.backend, target.precision, target.threads, target.device)
+    return order, Device(target.backend, target.precision, target.threads, target.device)
+
+
+def build_target(args: Namespace, target: Target, space: WidthSpace, rule: str) -> Target:
+    """Makes the latency model that --latency-model measure asks for, in --output."""
     say(args, f'measuring latency: {target}, at most {args.latency_samples} networks')
-    fit = build_latency_model(order, device, args.latency_samples, Path(args.output) / 'search' / 'latency',
-                              lambda text: say(args, text))
+    fit = build_latency_model(*_order(args, target, space, rule), args.latency_samples, _bundle(args), lambda text: say(args, text))
+    for note in fit.notes:
+        say(args, f'note: {note}')
     fit.model.save(_built(args))
     return replace(target, model=LatencyModel.load(_built(args)))
 

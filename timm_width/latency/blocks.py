@@ -62,8 +62,8 @@ def find_blocks(space: WidthSpace, grid: Grid, patterns: Sequence[str] = ()) -> 
         blocks[name] = make_term(space, grid, scope, sites)
     for site in left:
         if scope := scope_of(space, grid, site):
-            raise CostError(f"{space.architecture}: '{min(scope)}' also changes '{site.name}', which is in no block: name its "
-                            'module with --blocks, too, or keep the width (--fix)')
+            raise CostError(f"{space.architecture}: the width of '{min(scope)}' changes the layer '{site.name}', which is in no "
+                            "block: keep it with --fix, or name the layer's module with --blocks, too")
     return blocks
 
 

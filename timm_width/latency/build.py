@@ -20,7 +20,7 @@ from ..space import WidthSpace
 from .blocks import block_tables, find_blocks
 from .bundle import Order, describe_order, export_bundle, make_network, plan_bundle
 from .fit import Fit, fit_results
-from .measure import TORCH, Measurement, describe, measure
+from .measure import TORCH, Measurement, check_backend, describe, measure
 from .model import SUFFIX, LatencyModel, predict, space_fingerprint, validate
 from .runner.backends import open_backend
 from .runner.main import measure_bundle
@@ -29,8 +29,9 @@ from .runner.results import scan_results
 from .runner.timing import BRIEF, Timing
 from .sampling import LEAST_SAMPLES, networks_to_time
 
-__all__ = ['BLOCK_SAMPLES', 'Device', 'build_block_model', 'build_latency_model']
+__all__ = ['BLOCK_SAMPLES', 'Device', 'build_block_model', 'build_latency_model', 'check_begun']
 
+DRAWN = 8000  # networks, of which as many are measured as are asked for: as many as the authors of AOWS measured
 FIRST = 400  # networks of the first stage; each stage has twice as many
 BETTER = 0.95  # a stage that leaves more of the validation error than this was the last
 BLOCK_SAMPLES = 20  # whole networks on which tables of blocks are validated
@@ -72,15 +73,13 @@ def build_latency_model(
         UsageError: Something given makes no sense, or the folder holds something else.
         RunnerError: The backend is not there, or cannot run the networks.
     """
-    if samples < LEAST_SAMPLES:
-        raise UsageError(f'{samples} networks are too few to fit to and to validate on: measure at least {LEAST_SAMPLES}')
+    check_begun(order, device, samples, folder)
     backend: Any = _Torch(device) if device.backend in TORCH else open_backend(
         device.backend, precision=device.precision, threads=device.threads)
     if not (folder / 'manifest.json').is_file():
         write = plan_bundle if device.backend in TORCH else export_bundle
-        write(order, folder, partial(networks_to_time, samples=samples, seed=order.seed))
-    manifest = read_manifest(folder)
-    space = _check_same(manifest, order, samples)
+        write(order, folder, partial(networks_to_time, samples=max(samples, DRAWN), seed=order.seed))
+    manifest, space = read_manifest(folder), make_network(order).space
     if device.backend in TORCH:
         manifest = _Networks(manifest.folder, manifest.fingerprint, manifest.data, manifest.configurations, space)
     results, best, count = folder / 'results.jsonl', None, min(FIRST, samples)
@@ -133,8 +132,39 @@ def build_block_model(order: Order, device: Device, patterns: Sequence[str], sam
     return Fit(model, networks, ms, predicted, notes)
 
 
-def _check_same(manifest: Manifest, order: Order, samples: int) -> WidthSpace:
-    """Refuses a bundle that was written for something else; returns the width space of its network."""
+def check_begun(order: Order, device: Device, samples: int, folder: Path) -> None:
+    """Checks that networks can be measured, and that those in the folder, if there are any, are the ones that are asked for.
+
+    Args:
+        order: The network and its grid.
+        device: What to time by.
+        samples: Most networks to measure.
+        folder: Where the bundle and its results are, or will be.
+
+    Raises:
+        UsageError: Something given makes no sense, or the folder holds something else.
+        RunnerError: The backend is not there, or what the folder holds is broken.
+    """
+    if samples < LEAST_SAMPLES:
+        raise UsageError(f'{samples} networks are too few to fit to and to validate on: measure at least {LEAST_SAMPLES}')
+    check_backend(device.backend, device.precision, device.device or 'cpu')
+    if not (folder / 'manifest.json').is_file():
+        return
+    manifest, results = read_manifest(folder), folder / 'results.jsonl'
+    _check_same(manifest, order, samples)
+    if (device.backend in TORCH) == bool(manifest.data['files']):
+        raise UsageError(f"'{folder}' was not written for {device.backend}: remove that folder, or keep to what it was written for")
+    if results.is_file() and results.stat().st_size:
+        begun, now = scan_results(results, manifest).header['backend'], describe(
+            device.backend, device.precision, device.device or 'cpu', device.threads)
+        for name in ('backend', 'precision', 'threads', 'device'):
+            if begun.get(name) != now.get(name):
+                raise UsageError(f"'{folder}' holds networks measured with {name} {begun.get(name)}, and not {now.get(name)}: "
+                                 'remove that folder, or keep to what was measured')
+
+
+def _check_same(manifest: Manifest, order: Order, samples: int) -> None:
+    """Refuses a bundle that was written for something else."""
     network = make_network(order)
     wanted = json.loads(json.dumps(describe_order(order, network)))
     have = {name: manifest.data.get(name) for name in wanted}
@@ -144,7 +174,6 @@ def _check_same(manifest: Manifest, order: Order, samples: int) -> WidthSpace:
         if have[name] != value:
             raise UsageError(f"'{manifest.folder}' holds networks of another {name} ({_short(have[name])}, not {_short(value)}): "
                              'remove that folder, or keep to what was measured')
-    return network.space
 
 
 def _short(value: Any) -> str:

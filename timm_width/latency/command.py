@@ -14,14 +14,14 @@ from ..arguments import Parser
 from ..data import UsageError
 from ..grids import GRIDS
 from ..space import nearest
-from .build import BLOCK_SAMPLES, Device, build_block_model, build_latency_model
+from .build import BLOCK_SAMPLES, DRAWN, Device, build_block_model, build_latency_model
 from .bundle import Order, export_bundle
 from .fit import STATISTICS, Fit, fit_results, plot, space_of
 from .measure import BACKEND_NAMES, TORCH
 from .model import PRIOR, SMOOTHNESS
 from .runner.manifest import read_manifest
 from .runner.results import scan_results
-from .sampling import networks_to_time
+from .sampling import LEAST_SAMPLES, networks_to_time
 
 __all__ = ['main']
 
@@ -101,10 +101,10 @@ def export(argv: Sequence[str]) -> None:
 def measure(argv: Sequence[str]) -> None:
     """Writes a bundle, measures it here, fits, and prints how well the model predicts."""
     parser = _parser('measure', MEASURE)
-    _add_network(parser, 8000, 'most networks to measure (8000); fewer are, if more would not help')
+    _add_network(parser, DRAWN, f'most networks to measure, {LEAST_SAMPLES} or more; fewer are, if more would not help')
     add = parser.add_argument
-    add('--backend', default='torch', choices=BACKEND_NAMES, metavar='NAME',
-        help=f"what runs the networks: {', '.join(BACKEND_NAMES)} (default: torch)")
+    add('--backend', required=True, choices=BACKEND_NAMES, metavar='NAME',
+        help=f"what runs the networks: {', '.join(BACKEND_NAMES)}")
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME', help='of torch')
     add('--threads', type=int, metavar='N', help='of a CPU (default: all)')
     add('--blocks', nargs='*', metavar='PATTERN',
@@ -166,6 +166,8 @@ def _save(fit: Fit, out: Path) -> None:
     fit.model.save(out)
     for note in fit.notes:
         print(f'note: {note}')
+    if fit.model.validation.warning:
+        print(f'warning: the model {fit.model.validation.warning}')
     print(f"{out}: {fit.model}; {fit.model.about['networks']} measurements, {fit.model.about['unknowns']} unknowns")
     if find_spec('matplotlib'):
         plot(fit, out.with_suffix('.png'))

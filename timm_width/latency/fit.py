@@ -1,5 +1,5 @@
 """From the timings of a bundle to a latency model."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,9 @@ NEIGHBOURS = 5  # measurements of the first network, whose median counts
 DRIFT = 0.03  # of the machine's speed, that is worth a word
 LEAST = 10  # networks to fit to
 NOT_ITS_OWN = {'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'name', 'num_classes', 'inputs'}
+
+
+Speed = Callable[[Mapping[str, Any]], float]
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def fit_results(
             raise UsageError(f'{flag} must be at least 0, not {value:g}')
     train, valid, notes = _split(results.rows)
     speed = _speed(results, statistic) if steady else None
-    if speed is not None and np.ptp(speed) > DRIFT:
-        notes.append(f'the machine drifted by {np.ptp(speed):.0%} while it measured; timings are brought to its usual speed')
+    if speed is not None and (drift := np.ptp([speed(row) for row in results.rows])) > DRIFT:
+        notes.append(f'the machine drifted by {drift:.0%} while it measured; timings are brought to its usual speed')
     for rows, least, what in (train, LEAST, 'to fit to'), (valid, LEAST_VALID, 'to validate on'):
         if len(rows) < least:
             raise UsageError(f'{len(rows)} networks were measured {what}, and at least {least} are needed: measure more')
@@ -142,24 +145,24 @@ def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list, list, list[str]]:
     return found['train'], found['valid'], notes if disturbed else []
 
 
-def _ms(row: Mapping[str, Any], statistic: str, speed: Optional[np.ndarray] = None) -> float:
+def _ms(row: Mapping[str, Any], statistic: str, speed: Optional[Speed] = None) -> float:
     """Milliseconds per image, at a speed of 1."""
     ms = row['batch_ms'] if statistic == 'median' else row['minimum'] if statistic == 'minimum' else row['percentiles']['20']
-    return ms / row['batch'] / (1 if speed is None else speed[row['index']])
+    return ms / row['batch'] / (1 if speed is None else speed(row))
 
 
-def _speed(results: Results, statistic: str) -> Optional[np.ndarray]:
-    """How long the machine took when each configuration was measured, as a multiple of what it usually took.
+def _speed(results: Results, statistic: str) -> Optional[Speed]:
+    """How long the machine took when a row was measured, as a multiple of what it usually took.
 
     By the first configuration: medians of neighbouring measurements of it, as these have noise of their own, and between them
     straight lines. None, if there are too few.
     """
-    found = [row for row in results.rows if row['index'] == 0] + results.references
+    found = sorted((*(row for row in results.rows if row['index'] == 0), *results.references), key=lambda row: row['position'])
     if len(found) < NEIGHBOURS:
         return None
-    at = [row.get('reference', 0) for row in found]
+    at = [row['position'] for row in found]
     ms = median_filter(np.array([_ms(row, statistic) for row in found]), NEIGHBOURS, mode='nearest')
-    return np.interp(np.arange(results.header['configurations']), at, ms / np.median(ms))
+    return lambda row: float(np.interp(row['position'], at, ms / np.median(ms)))
 
 
 def plot(fit: Fit, path: Path) -> None:

@@ -36,7 +36,7 @@ SEED = 0
 Model = Union[nn.Module, str, Path]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """What was measured, and everything to measure it again.
 
@@ -78,6 +78,9 @@ class Measurement:
     def __str__(self) -> str:
         return (f"{self.ms:.3f} ms ±{self.spread:.0%} per image{' (disturbed)' * self.disturbed}, {self.backend['backend']}, "
                 f"{self.precision}, batch {self.batch}, {self.backend['device']}")
+
+    def __repr__(self) -> str:
+        return f'<{self}>'
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
@@ -157,8 +160,12 @@ def measure_many(
         UsageError: As in `measure`.
         RunnerError: As in `measure`.
     """
+    if not isinstance(models, Mapping):
+        raise UsageError(f'networks are given as a dict of name -> network, not as {type(models).__name__}')
     if not models:
         return {}
+    if wrong := next((m for m in models.values() if not isinstance(m, (nn.Module, str, Path))), None):
+        raise UsageError(f'a network is a torch module or an ONNX file, not {type(wrong).__name__}')
     if preset is not None and preset not in PRESETS:
         raise UsageError(unknown('preset', preset, PRESETS))
     chosen = dict(PRESETS[preset]) if preset else {}
@@ -170,6 +177,7 @@ def measure_many(
     files = {name: _read(model) for name, model in models.items() if not isinstance(model, nn.Module)}
     precision = precision or chosen.get('precision') or (inspect(files[next(iter(files))]).precision if files else 'fp32')
     batch = chosen.get('batch') if batch is None else batch
+    device = chosen.get('device') if device is None and backend in TORCH else device
     size = _input_size(models, files, input)
     if batch is None:
         own = {shape[0] for model in files.values() for shape, _ in inspect(model).inputs.values()} - {None}
@@ -245,7 +253,8 @@ def _read(path: Union[str, Path]) -> bytes:
     try:
         content = Path(path).read_bytes()
     except OSError as e:
-        raise UsageError(f"'{path}' cannot be read: {e.strerror or e}") from e
+        raise UsageError(f"'{path}' is no ONNX file that can be read ({e.strerror or e}); give models as modules, by "
+                         'timm.create_model') from e
     try:
         inspect(content)
     except ValueError as e:
@@ -260,7 +269,7 @@ def _read(path: Union[str, Path]) -> bytes:
 
 
 def _input_size(models: Mapping[str, Model], files: Mapping[str, bytes], given: Optional[Sequence[int]]) -> tuple[int, ...]:
-    size = None if given is None else tuple(given)
+    size = None if given is None else tuple(given) if isinstance(given, Sequence) else (given,)
     if size is not None and (len(size) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size)):
         raise UsageError(f'input must be (channels, height, width), whole numbers of at least 1, not {given!r}')
     for name, content in files.items():

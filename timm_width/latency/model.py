@@ -36,6 +36,7 @@ UNIT = 'ms per image'
 SUFFIX = '_width'
 MAX_BYTES = 1 << 28  # of a file
 MAX_WIDTHS = 10_000  # of a group
+TOLERABLE = 0.1  # NRMSE; a fit on a calm machine has half of it or less
 
 
 class LatencyError(ValueError):
@@ -103,6 +104,13 @@ class Validation:
     nrmse: float
     worst: float
     rank_correlation: float
+
+    @property
+    def warning(self) -> str:
+        """What to say of a model that predicts badly; empty for a good one."""
+        if self.nrmse <= TOLERABLE:
+            return ''
+        return f'predicts badly (NRMSE {100 * self.nrmse:.0f} %): do not rely on it, but measure more, on a calmer machine'
 
     def __str__(self) -> str:
         return (f'on {self.networks} held-out networks NRMSE {100 * self.nrmse:.2f} %, worst error {100 * self.worst:.1f} %, '

@@ -160,6 +160,8 @@ class Greedy(_OneShot):
     images and with the batch norms' statistics of the batch; or, with `score` ratio, by the error per cost saved.
     """
 
+    free_options = ('score', 'batches')
+
     @dataclass(frozen=True)
     class Options(_OneShot.Options):
         score: str = option('error', 'what a step should have least of: error (its increase), or ratio (that, per cost saved)')
@@ -234,6 +236,8 @@ class OWS(_OneShot):
     each channel alone, or an activation with f(0) != 0) keep their base width. Optimiser and schedule are those of the flags;
     theirs: SGD with momentum 0.9, weight decay 1e-5, batches of 512, a constant learning rate of 0.1 per 256 images.
     """
+
+    free_options = ('solver', 'seconds')
 
     @dataclass(frozen=True)
     class Options(_OneShot.Options):
@@ -323,7 +327,8 @@ class OWS(_OneShot):
                 said = 'the least' + (f' ({relaxed.objective - found.objective:.3g} below the relaxation)' if relaxed else '')
         except SolveError as e:
             raise PolicyError(f'{self.name}: {budget.text}: {e}') from e
-        self.notes.append(f'{budget.text}: {budget.cost.show(found.cost)}, estimated error {found.objective:+.4g}, {said}')
+        self.notes.append(f'{budget.text}: {budget.cost.show(found.cost)}; cross-entropy estimated at {found.objective:+.4g} over '
+                          f'that of the largest network, {said}')
         return found
 
 

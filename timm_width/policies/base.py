@@ -132,6 +132,7 @@ class Policy(ABC):
         search_epochs: What `--search-epochs` is where it is not given.
         mixup: Whether images and targets may be mixed.
         learns_budget: Whether training depends on the budgets, so that a search that goes on cannot be given others.
+        free_options: Options that only `choose` reads, so that a search that goes on may be given others.
         notes: Lines on what the policy did, for whoever runs it to show; they may take them away.
     """
 
@@ -139,6 +140,7 @@ class Policy(ABC):
     search_epochs: int = 50
     mixup: bool = True
     learns_budget: bool = False
+    free_options: tuple[str, ...] = ()
 
     @dataclass(frozen=True)
     class Options:

@@ -10,6 +10,7 @@ Every other line is one of
     {"index": i, "use": "train", "ms": per image, "batch_ms": ..., and the rest of `Timing.to_json`}
                                                          configuration i, measured
     {"index": i, "use": "train", "error": "why"}         it failed, and will not be tried again
+    {"again": i, "ms": ..., "batch_ms": ..., ...}        configuration i, which was disturbed, once more; the calmer timing counts
     {"reference": n, "ms": ..., "batch_ms": ..., ...}    configuration 0 again, when n were done: shows how much the machine drifts
     {"retry": i}                                         a run goes on with configuration i
     {"stopped": i}                                       a run ended in good order (by hand, at its --limit, because the device
@@ -37,12 +38,14 @@ class Results(NamedTuple):
 
     Attributes:
         header: Its first line.
-        rows: Configurations that were measured, in the order of the file.
+        rows: Configurations that were measured, in the order of the file. In these and in references, 'position' counts the timings
+            of the file.
         failed: Those that failed, with 'error'.
         references: Measurements of configuration 0 on the way.
         died: Configuration -> how often a run was killed at it, before the last one that is in the file.
         size: Bytes up to the end of the last whole line.
         stopped: The last run ended in good order.
+        again: How many timings were of configurations that had been measured before.
     """
     header: Mapping[str, Any]
     rows: list[dict[str, Any]]
@@ -51,6 +54,7 @@ class Results(NamedTuple):
     died: dict[int, int]
     size: int
     stopped: bool = False
+    again: int = 0
 
 
 def scan_results(path: Path, manifest: Optional[Manifest] = None) -> Results:
@@ -78,7 +82,7 @@ def scan_results(path: Path, manifest: Optional[Manifest] = None) -> Results:
         try:
             row = load_json(line, 'it')
             _row(row, found, seen, manifest)
-            found = found._replace(stopped='stopped' in row)
+            found = found._replace(stopped='stopped' in row, again=found.again + ('again' in row))
         except RunnerError as e:
             raise RunnerError(f'{where}: {e}') from None
     return found
@@ -108,12 +112,13 @@ def _row(row: Any, found: Results, seen: set[int], manifest: Optional[Manifest])
     if not isinstance(row, dict):
         raise RunnerError('it must be a JSON object')
     count = found.header['configurations']
+    position = {'position': len(found.rows) + len(found.references) + found.again}
     if 'reference' in row:
         if type(row['reference']) is not int or not 0 <= row['reference'] <= count:
             raise RunnerError(f"reference must say how many of {count} were done, not {str(row['reference'])[:20]}")
-        found.references.append(_timed(row, ('reference',), found.header))
+        found.references.append(_timed(row, ('reference',), found.header) | position)
         return
-    index = next((row[k] for k in ('retry', 'stopped', 'index') if k in row), None)
+    index = next((row[k] for k in ('retry', 'stopped', 'again', 'index') if k in row), None)
     if type(index) is not int or not 0 <= index < count:
         raise RunnerError(f'there is no configuration {str(index)[:20]} among {count}')
     if 'retry' in row or 'stopped' in row:
@@ -121,6 +126,15 @@ def _row(row: Any, found: Results, seen: set[int], manifest: Optional[Manifest])
             found.died[index] = 0
         elif not found.stopped:
             found.died[index] = found.died.get(index, 0) + 1
+        return
+    if 'again' in row:
+        at = next((k for k, r in enumerate(found.rows) if r['index'] == index and r['disturbed']), None)
+        if at is None:
+            raise RunnerError(f'configuration {index} was measured again, and was not disturbed before')
+        row = _timed(row, ('again',), found.header)
+        if row['spread'] < found.rows[at]['spread']:
+            found.rows[at] = {**{k: v for k, v in row.items() if k != 'again'}, **{k: found.rows[at][k] for k in ('index', 'use')},
+                              **position}
         return
     if index in seen:
         raise RunnerError(f'configuration {index} is there twice')
@@ -132,7 +146,7 @@ def _row(row: Any, found: Results, seen: set[int], manifest: Optional[Manifest])
             raise RunnerError(f'configuration {index} failed without a reason')
         found.failed.append(row)
     else:
-        found.rows.append(_timed(row, ('index', 'use'), found.header))
+        found.rows.append(_timed(row, ('index', 'use'), found.header) | position)
 
 
 def _timed(row: dict[str, Any], keys: tuple[str, ...], header: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _AOWS = {'warmup': 10, 'runs': 60, 'seconds': 0.}
 PRESETS: dict[str, dict[str, Any]] = {
     'aows-tensorrt': {'backend': 'tensorrt', 'precision': 'fp16', 'batch': 64, **_AOWS},
     'aows-cpu': {'backend': 'torch', 'precision': 'fp32', 'batch': 1, **_AOWS},
-    'aows-gpu': {'backend': 'torch', 'precision': 'fp32', 'batch': 16, **_AOWS},
+    'aows-gpu': {'backend': 'torch', 'device': 'cuda', 'precision': 'fp32', 'batch': 16, **_AOWS},
     'prunet': {'backend': 'trtexec', 'precision': 'fp16', 'batch': 1, 'runs': 10, 'seconds': 0.3},
 }
 
