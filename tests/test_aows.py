@@ -513,7 +513,8 @@ def test_a_search_resumed_with_another_budget(searched, capsys, monkeypatch):
     else:
         assert code == 0
         base = timm_width.trace(timm.create_model('test_resnet', num_classes=3), (3, 32, 32))
-        assert Budget.parse('macs=0.4x', base).met(timm_width.load_spec(searched.folder).widths)
+        assert Budget.parse('macs=0.4x', base).met(timm_width.load_spec(searched.folder / 'macs-0.4x').widths)
+        assert timm_width.load_spec(searched.folder).provenance['budget'] == 'macs=0.5x'  # stays
         assert searched.policy != 'ows' or 'ows: macs=0.4x: ' in out
     assert checkpoint.read_bytes() == before
 

@@ -366,11 +366,10 @@ def _folder(args: Namespace, entry: _Entry) -> Path:
 def _budget_folder(args: Namespace, budget: str) -> Path:
     """--output itself for a single budget, unless that holds the network of another one, which is not replaced."""
     output = Path(args.output)
-    own = output / _folder_name(budget)
-    if len(args.budget) > 1 or (own / 'config.json').is_file():
-        return own
-    there = load_spec(output).provenance.get('budget') if (output / 'config.json').is_file() else budget
-    return output if there == budget else own
+    if len(args.budget) == 1 and (
+            not (output / 'config.json').is_file() or load_spec(output).provenance.get('budget') == budget):
+        return output
+    return output / _folder_name(budget)
 
 
 def _folder_name(budget: str) -> str:
