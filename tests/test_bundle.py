@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,8 @@ def test_a_killed_run_goes_on_where_it_was(bundle):
 
 def test_ctrl_c_says_how_to_go_on(bundle):
     results = bundle / 'results.jsonl'
-    process = subprocess.Popen([*command(bundle), '--seconds', '0.5'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command(bundle), '--seconds', '0.5'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
     deadline = time.monotonic() + 60
     while not results.exists() or len(results.read_bytes().splitlines()) < 2:
         assert process.poll() is None and time.monotonic() < deadline
