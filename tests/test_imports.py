@@ -17,7 +17,7 @@ ORDER = [
     {'factors', 'moving'},
     {'config', 'cost', 'elimination', 'supernet'},
     {'solve'},
-    {'budget', 'tables'},
+    {'assignment', 'bins', 'budget', 'tables'},
     {'resize'},
     {'bindings'},
     {'ledger'},

@@ -50,6 +50,24 @@ class TestAOWS(PolicyConformance):
     regret = None  # it asks for no scores
 
 
+class TestCafeNet(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'population': 10, 'iterations': 8}
+
+
+class TestCafeNetBySamples(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'search': 'random', 'samples': 40, 'candidates': 'random', 'reuse': False}
+    regret = 6.
+    beats_random = False  # it is the best of as many
+
+
+class TestCafeNetGreedily(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'search': 'greedy', 'r': 2, 'candidates': 'coordinate', 'explore': 0.5}
+    beats_random = False  # as AutoSlim
+
+
 def readme_policy(folder: Path) -> Path:
     """The file that the README shows."""
     text = (Path(__file__).parents[1] / 'README.md').read_text()

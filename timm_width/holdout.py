@@ -1,11 +1,12 @@
 """Scores for a policy: of the shared network at widths, and of networks trained briefly by themselves, on the holdout."""
 import itertools
 import json
+import numbers
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from timm.utils import distribute_bn, random_seed
@@ -93,14 +94,14 @@ class Holdout:
 
     def __call__(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str] = (),
             batches: Optional[int] = None,
             statistics: str = 'batch',
     ) -> Score:
         if self.network is None:
             raise PolicyError('a policy without a train_step has no shared network to evaluate: use evaluate.alone')
-        widths = {name: int(w) for name, w in widths.items()}
+        widths = {name: int(w) if isinstance(w, numbers.Integral) else [int(i) for i in w] for name, w in widths.items()}
         return self._recall(['shared', widths, list(skips), batches, statistics],
                             lambda: self._shared(widths, skips, batches, statistics))
 
@@ -117,7 +118,7 @@ class Holdout:
 
     def _shared(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str],
             batches: Optional[int],
             statistics: str,

@@ -14,7 +14,7 @@ from .cost import Cost, Macs, Params
 from .data import UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
 from .factors import Factors
-from .grids import make_grid, squeezes
+from .grids import growth, make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
 from .resize import resize
@@ -133,6 +133,11 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
     make_optimizer(model, args, max(args.epochs, 1), 1)  # refuses flags that are wrong, before anything is written
     space = trace(model, config['input_size'])
     fixed = () if args.search_se else squeezes(model, space)
+    if args.supernet_macs:
+        found = growth(space, args.supernet_macs, args.fix, fixed)
+        if args.width_max not in (None, found):  # the same, where a search goes on
+            raise UsageError('--width-max and --supernet-macs both say how wide the largest network is: give one')
+        args.width_max = found
     grids: dict[str, Grid] = {}
     low, high = args.width_min, args.width_max
     for policy, rule in rules.items():

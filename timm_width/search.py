@@ -56,7 +56,7 @@ __all__ = ['main', 'parse', 'search']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
                  'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
-                 'latency_threads': (1, None), 'latency_samples': (LEAST_SAMPLES, None)}
+                 'latency_threads': (1, None), 'latency_samples': (LEAST_SAMPLES, None), 'supernet_macs': (1, None)}
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
                    'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
@@ -102,6 +102,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
         f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
     group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
     group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
+    group.add_argument('--supernet-macs', type=float, metavar='RATIO',
+                       help='instead of --width-max: the one share of all base widths that has so many times the base MACs')
     group.add_argument('--width-divisor', type=int, metavar='N', help="step of the widths (default: the grid's, mostly 8)")
     group.add_argument('--fix', action='extend', nargs='+', default=[], metavar='PATTERN',
                        help="groups that keep their width, as in 'conv_*'")
@@ -180,7 +182,7 @@ def _check(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> None:
 
 
 def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]:
-    """Lets a policy learn and choose, on a problem without validation images.
+    """Lets a policy learn and choose, on a problem without validation images; and those that follow it.
 
     Args:
         problem: What it learns on.
@@ -190,6 +192,17 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     Returns:
         One network for each budget of the problem.
     """
+    found = _choose_once(problem, name, policy)
+    for i, after in enumerate(policy.following(found)):
+        label, stage = f'{name}.{_folder_name(after.budgets[0].text)}', 2
+        while after is not None:
+            part = dataclasses.replace(problem, grid=after.grid, budgets=tuple(after.budgets))
+            [found[i]] = _choose_once(part, f'{label}.{stage}', after)
+            after, stage = next(iter(after.following([found[i]])), None), stage + 1
+    return found
+
+
+def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]:
     args, state = problem.args, Path(problem.args.output) / 'search'
     warmup = min(args.warmup_epochs, args.search_epochs / 5)
     training, held = problem.training_batches(), problem.held_batches()
@@ -213,8 +226,8 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
         found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
     _say_notes(args, name, policy)
-    found = [Choice({name: int(w) for name, w in widths.items()}, tuple(skips)) for widths, skips in found]
-    for choice, budget in zip(found, problem.budgets, strict=True):
+    found = [Choice({n: int(w) for n, w in c[0].items()}, tuple(c[1]), getattr(c, 'channels', None)) for c in found]
+    for choice, budget in zip(found, policy.goals, strict=True):
         if not budget.met(*choice):
             raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
     return found
@@ -312,6 +325,9 @@ def _run(
         row['latency_ms'], row['latency_spread'] = ms, spread
     provenance = {e.budget.text: _provenance(problem, args.grid or found[name].default_grid, options[name], row, target)
                   for e, row in zip(entries, rows) if e.name == 'found'}
+    for e in entries:
+        if e.name == 'found' and e.choice.channels:  # what train --inherit cuts from the shared network
+            provenance[e.budget.text]['channels'] = {name: list(kept) for name, kept in e.choice.channels.items()}
     if is_primary(args):
         for e in entries:
             if e.name != 'found':

@@ -79,14 +79,15 @@ def load_start(model: nn.Module, args: Namespace) -> None:
         UsageError: It is missing, or does not fit the model.
     """
     if args.finetune_from:
-        _load(model, _weights(_file_of(args.finetune_from), '--finetune-from'), '--finetune-from', args.finetune_from)
+        _load(model, _weights(_file_of(args.finetune_from), '--finetune-from')[0], '--finetune-from', args.finetune_from)
     if args.inherit:
         _load(model, _cut(model, args), '--inherit', args.inherit)
 
 
 def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
-    """The weights of a shared network, or of the base, at the widths of the model."""
-    weights = _weights(_file_of(args.inherit), '--inherit')
+    """The weights of a shared network, or of the base, at the widths of the model; the channels that its search found best."""
+    weights, shared = _weights(_file_of(args.inherit), '--inherit')
+    keep = provenance_of(args).get('channels') if shared and not args.importance else None
     base = (model.pretrained_cfg.get('architecture') or args.model).removesuffix(SUFFIX)
     built = dict(getattr(model, '_model_args', {}))
     widths, skips = built.get('widths') or {}, tuple(built.get('skips') or ())
@@ -98,7 +99,9 @@ def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
         sizes = {name: space[name].size for name in space.searchable}
         resize(source, space, widths_from(weights, space))
         source.load_state_dict(weights)
-        resize(source, trace(source), {**sizes, **widths}, skips, importance=args.importance)
+        if keep is not None and not isinstance(keep, Mapping):
+            raise WidthError(f"'channels' of its config must be a dict of group name -> indices, not {type(keep).__name__}")
+        resize(source, trace(source), {**sizes, **widths}, skips, keep=keep, importance=args.importance)
     except (WidthError, RuntimeError, TypeError) as e:
         raise UsageError(f"--inherit '{args.inherit}' is no checkpoint of {base}: " + ' '.join(
             line.strip() for line in str(e).splitlines()[:2])) from None
@@ -144,8 +147,8 @@ def _file_of(path: str) -> Path:
     return found
 
 
-def _weights(path: Path, flag: str) -> dict[str, torch.Tensor]:
-    """A state dict: averaged weights before others; of a search's shared network, the model in it."""
+def _weights(path: Path, flag: str) -> tuple[dict[str, torch.Tensor], bool]:
+    """A state dict: averaged weights before others; of a search's shared network, the model in it. And whether it is such a one."""
     if not path.is_file():
         raise UsageError(f"{flag} '{path}' is " + ('a folder without weights' if path.is_dir() else 'not there'))
     try:
@@ -153,9 +156,9 @@ def _weights(path: Path, flag: str) -> dict[str, torch.Tensor]:
     except Exception:  # timm's hold a Namespace, others are no pickles: timm reads them
         found = None
     if isinstance(found, dict) and 'network' in found:
-        return {k.removeprefix('model.'): v for k, v in (found.get('ema') or found['network']).items()}
+        return {k.removeprefix('model.'): v for k, v in (found.get('ema') or found['network']).items()}, True
     try:
-        return clean_state_dict(load_state_dict(str(path), use_ema=True))
+        return clean_state_dict(load_state_dict(str(path), use_ema=True)), False
     except Exception as e:  # unpickling fails in many ways
         reason = first_line(e)
         raise UsageError(f"{flag} '{path}' cannot be read: {reason}") from None
