@@ -24,7 +24,7 @@ ORDER = [
     {'check', 'deployed'},
     {'trace'},
     {'laws', 'recover', 'latency.terms'},
-    {'models', 'models.width_nets', 'models.make_supported'},
+    {'models', 'models.width_nets', 'models.make_supported', 'models.vgg'},
     {'data', 'latency.runner.errors'},
     {'onnx_file', 'latency.runner.timing', 'latency.runner.onnx_widths'},
     {'latency.runner.manifest', 'latency.onnx_graph'},
