@@ -43,7 +43,7 @@ ORDER = [
     {'latency.build'},
     {'latency.command', 'target'},
     {'problem'},
-    {'conformance', 'export', 'search', 'train'},
+    {'conformance', 'export', 'plots', 'search', 'train'},
     {'cli'},
 ]
 HEAVY = ('onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'tensorrt', 'matplotlib', 'sklearn', 'pandas')

@@ -152,8 +152,8 @@ def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
             raise ValueError
         return GRIDS['multiples'], 0, ratios
     except ValueError:
-        raise UsageError(f"--grid '{kind}' is not a grid{nearest(name, GRIDS)}: give one of {', '.join(GRIDS)} (aows:10, "
-                         f"dmcp:0.05 or flops:0.5 for another number), or ratios from above 0 to {MAX_GROWTH}, as in 0.25,0.5,1") from None
+        raise UsageError(f"--grid '{kind}' is not a grid{nearest(name, GRIDS)}: give one of {', '.join(GRIDS)} (aows:10, dmcp:0.05 "
+                         f"or flops:0.5 for another number), or ratios from above 0 to {MAX_GROWTH}, as in 0.25,0.5,1") from None
 
 
 def _step(group: Group, divisor: int) -> int:
@@ -193,7 +193,7 @@ def growth(space: WidthSpace, macs: float, fix: Sequence[str] = (), squeezes: Co
         return cost({g.name: g.unit * max(math.floor(factor * g.steps + 0.5), 1) for g in groups}) / cost()
 
     if not 1 <= macs <= times(MAX_GROWTH):
-        raise UsageError(f'--supernet-macs {macs:g} must be from 1 to {times(MAX_GROWTH):.4g}, as widths grow to {MAX_GROWTH} times')
+        raise UsageError(f'--supernet-macs {macs:g} must be from 1 to {times(MAX_GROWTH):.4g}: widths grow to {MAX_GROWTH} times')
     low, high = 1., float(MAX_GROWTH)
     for _ in range(40):
         middle = (low + high) / 2

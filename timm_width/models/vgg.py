@@ -1,9 +1,11 @@
 """VGG for images of 32 pixels, as CIFAR-10 is used with: the convolutions of VGG-19 with batch norm, and one linear layer."""
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import torch
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import nn
 
 __all__ = ['OURS', 'VGGSmall']
@@ -71,6 +73,39 @@ class VGGSmall(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
 
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Union[None, int, Sequence[int]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[list[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]:
+        """The outputs of stages, before they are pooled (see timm's models, whose arguments these are)."""
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        take, most = feature_take_indices(len(self.feature_info), indices)
+        ends = [int(info['module'].rpartition('.')[2]) for info in self.feature_info]
+        found, layers = [], self.features[:ends[most] + 1] if stop_early and not torch.jit.is_scripting() else self.features
+        for i, layer in enumerate(layers):
+            x = layer(x)
+            if i in ends and ends.index(i) in take:
+                found.append(x)
+        return found if intermediates_only else (x, found)
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, Sequence[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Takes away what intermediates do not need."""
+        take, most = feature_take_indices(len(self.feature_info), indices)
+        self.features = self.features[:int(self.feature_info[most]['module'].rpartition('.')[2]) + 1]
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return self.features(x)
 
@@ -89,4 +124,4 @@ default_cfgs = generate_default_cfgs({'vgg19_bn_cifar.untrained': {
 @register_model
 def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> VGGSmall:
     """VGG-19 with batch norm and a linear head, for 32-pixel images."""
-    return build_model_with_cfg(VGGSmall, 'vgg19_bn_cifar', pretrained, feature_cfg={'flatten_sequential': True}, **kwargs)
+    return build_model_with_cfg(VGGSmall, 'vgg19_bn_cifar', pretrained, feature_cfg={'feature_cls': 'getter'}, **kwargs)

@@ -299,8 +299,8 @@ class CafeNet(Policy):
         """Refuses a grid that is not of the bins that stages go on from; keeps the least widths that were asked for."""
         bins = bin_grid(self.space, self.largest, self.beta)
         if any(levels[-len(w):] != tuple(w) for levels, w in zip(bins.values(), self.grid.values())):
-            raise PolicyError(f'cafenet.stages {self.options.stages} with --cafenet.beta {self.beta:g} needs --grid flops:{self.beta:g}, '
-                              'and no --width-divisor')
+            raise PolicyError(f'cafenet.stages {self.options.stages} with cafenet.beta {self.beta:g} needs --grid '
+                              f'flops:{self.beta:g}, and no --width-divisor')
         self.floor = {name: w[0] for name, w in self.grid.items() if w[0] > bins[name][0]}
 
 
