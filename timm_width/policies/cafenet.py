@@ -33,7 +33,8 @@ __all__ = ['CafeNet']
 
 TRIES = 100  # draws of one network before there are taken to be no more
 PARENTS = 10
-MUTATION = 0.1  # of each width
+MUTATION = 0.1  # of each width; in a network of few groups more, so that a mutant has MUTATED new widths on average:
+MUTATED = 2  # at the edge of the budget, one width can only grow where another shrinks
 
 Widths = dict[str, int]
 Network = dict[str, Union[int, np.ndarray]]  # a width each, made of its first channels or of the steps of those indices
@@ -61,7 +62,8 @@ class CafeNet(Policy):
     channels. Groups whose channels have an order keep to it. Near its ends a zone is clipped, as in Figure 1. The last bin
     takes in the channels left over; an assignment keeps exactly as many channels as its width has, so costs do not depend on it.
     Evolution has the operators of BCNetV2, by the same authors: of the best 10, half the children are mutants (each width drawn
-    anew with probability 0.1), half crossed (each width from either parent), all unseen and at `least` 0.8 to 1 of the budget;
+    anew with probability 0.1, or 2 of them on average), half crossed (each width from either parent), all unseen and at `least` 0.8
+    to 1 of the budget;
     the first of the 50 iterations is random, so that CafeNet-E scores 2,000 networks, as CafeNet-R does. Each stage trains a new
     network, as in Algorithm 1, and searches it, as section 3.3 says (Algorithm 1 searches the last alone). Optimiser and schedule
     are those of the flags; theirs: SGD with momentum 0.9, a cosine from 0.1, 300 epochs, for networks trained alone.
@@ -225,13 +227,13 @@ class CafeNet(Policy):
 
     def _children(self, goal: Budget, parents: Sequence[Widths], seen: dict, rng: np.random.Generator) -> Iterator[Widths]:
         """Mutants and crossings of the parents that are within the budget and new; fewer where these are hard to find."""
-        half = self.options.population // 2
+        half, share = self.options.population // 2, max(MUTATION, min(MUTATED / len(self.grid), 1))
         for i in range(self.options.population):
             for _ in range(TRIES):
                 first, second = (parents[rng.integers(len(parents))] for _ in range(2))
                 if i < half:
                     drawn = random_widths(self.grid, rng)
-                    child = {n: drawn[n] if rng.random() < MUTATION else w for n, w in first.items()}
+                    child = {n: drawn[n] if rng.random() < share else w for n, w in first.items()}
                 else:
                     child = {n: w if rng.random() < 0.5 else second[n] for n, w in first.items()}
                 if (key := _key(child, self.grid)) not in seen and self._fills(goal, child):
