@@ -329,8 +329,9 @@ def test_the_channels_that_won_are_inherited(tmp_path):
     assert cli.main(['search', '--policy', 'cafenet', *SHORT, '--budget', 'macs=0.5x', '--cafenet.r', '2', '--cafenet.candidates', 'random',
                      '--output', str(out)]) == 0
     spec = timm_width.load_spec(out)
-    kept = spec.provenance['channels']
-    checkpoint = out / 'search' / 'cafenet.pth.tar'
+    said = spec.provenance['channels']
+    kept = said['kept']
+    checkpoint = out / said['file']
     state = torch.load(checkpoint, weights_only=True)['network']
     model = timm.create_model(MODEL, num_classes=10)
     network = timm_width.Supernet(model, timm_width.trace(model, (3, 32, 32)))
@@ -344,10 +345,36 @@ def test_the_channels_that_won_are_inherited(tmp_path):
     assert not torch.equal(found(x), network(x, dict(spec.widths)))
     config = json.loads((out / 'config.json').read_text())
     for wrong in ({next(iter(kept)): [3, 2]}, [1], {'nothing': [1]}, {next(iter(kept)): 'x'}, {next(iter(kept)): [[1], [2, 3]]}):
-        config['timm_width']['channels'] = wrong
+        config['timm_width']['channels'] = {**said, 'kept': wrong}
         (out / 'config.json').write_text(json.dumps(config))
-        with pytest.raises(start.UsageError, match='--inherit'):
+        with pytest.raises(start.UsageError, match=f"^'channels' in the config of --widths {out}: "):
             start.load_start(start.build_model(args, 10), args)
+
+
+def test_channels_are_those_of_one_shared_network_alone(tmp_path):
+    """Of the last stage, and of averaged weights; neither another stage nor a baseline nor another seed may stand in for it."""
+    def run(name, *flags):
+        assert cli.main(['search', *SHORT, '--budget', 'macs=0.5x', '--output', str(tmp_path / name), '--model-ema', *flags]) == 0
+
+    cafenet = ['--policy', 'cafenet', '--grid', 'flops:2', '--cafenet.beta', '2', '--cafenet.stages', '2', '--cafenet.r', '2',
+               '--cafenet.candidates', 'random']
+    run('x', *cafenet, '--baselines', 'base', 'autoslim')
+    run('other', *cafenet[:2], '--seed', '5')
+    spec = timm_width.load_spec(tmp_path / 'x')
+    said = spec.provenance['channels']
+    assert said['file'] == 'search/cafenet.macs-0.5x.2.pth.tar' and said['kept']
+    flags = ['--dataset', 'digits', '--model', MODEL, '--widths', str(tmp_path / 'x'), '--num-classes', '10']
+    args, _ = train.parse([*flags, '--inherit', str(tmp_path / 'x' / said['file'])])
+    start.load_start(start.build_model(args, 10), args)
+    for wrong in ('x/search/cafenet.pth.tar', 'x/search/autoslim.pth.tar', 'other/search/cafenet.pth.tar'):
+        assert (tmp_path / wrong).is_file()
+        args, _ = train.parse([*flags, '--inherit', str(tmp_path / wrong)])
+        with pytest.raises(start.UsageError, match=f"is not the shared network .* give {said['file']}"):
+            start.load_start(start.build_model(args, 10), args)
+    args, _ = train.parse([*flags, '--inherit', str(tmp_path / wrong), '--importance', 'l2'])
+    start.load_start(start.build_model(args, 10), args)
+    grid = {name: tuple(widths) for name, widths in spec.provenance['grid'].items() if name != 'rule'}
+    assert all(spec.widths.get(name, widths[-1]) in widths for name, widths in grid.items())  # the last stage's
 
 
 def test_a_search_in_stages_resumes_to_the_same_answer(tmp_path):

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import numpy as np
@@ -43,6 +44,7 @@ class Choice(_Network):
         channels: Group -> ascending indices of the steps (ids) of the shared network that it is made of, as `Supernet` takes
             them; of groups left out, the first ones.
     """
+    channels: Mapping[str, Sequence[int]] = MappingProxyType({})  # of one that `_make` or `_replace` gives
 
     def __new__(
             cls,
@@ -51,8 +53,16 @@ class Choice(_Network):
             channels: Optional[Mapping[str, Sequence[int]]] = None,
     ) -> 'Choice':
         self = super().__new__(cls, widths, skips)
-        self.channels = {} if channels is None else channels
+        if channels is not None:
+            self.channels = channels
         return self
+
+    def _replace(self, **kwargs: Any) -> 'Choice':
+        """Another network of the same channels, unless its widths are others."""
+        found = super()._replace(**kwargs)
+        if 'widths' not in kwargs:
+            found.channels = self.channels
+        return found
 
 
 class Score(NamedTuple):
