@@ -32,7 +32,8 @@ def test_an_assignment_has_its_base_and_free_bins_of_its_zone(n, r):
     for c in range(1, n + 1):
         found = assignments(c, n, r)
         assert found[0] == tuple(range(1, c + 1)) and len(set(found)) == len(found)
-        assert len(found) == (1 if r == 0 or c == n else len(found))
+        low, high = max(c - r, 1), min(c + r, n)  # of the zone
+        assert len(found) == math.comb(high - low + 1, min(r + 1, c)) and (len(found) == 1) == (r == 0 or c == n)
         for bins in found:
             base = max(c - r - 1, 0)
             assert len(bins) == c and bins[:base] == tuple(range(1, base + 1))

@@ -100,3 +100,5 @@ def test_a_supernet_of_so_many_macs_is_grown_by_one_factor():
     for wrong in (0.9, 1000.):
         with pytest.raises(UsageError, match='--supernet-macs'):
             growth(space, wrong)
+    with pytest.raises(UsageError, match='leave out .*--supernet-macs'):
+        make_grid(space, '0.5,1', high=factor)

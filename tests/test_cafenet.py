@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from torch import nn
 
 import timm_width
-from timm_width import cli, start, train
+from timm_width import cli, conformance, start, train
 from timm_width.bins import bin_grid
 from timm_width.budget import Budget
 from timm_width.conformance import PlantedProblem, PolicyConformance, _Net
 from timm_width.cost import Macs
-from timm_width.factors import random_widths
+from timm_width.factors import Factors, random_widths
 from timm_width.policies import PolicyError, Score
 from timm_width.policies.cafenet import CafeNet
 from timm_width.resize import resize
+from timm_width.tables import Tables
 from timm_width.trace import trace
 
 
@@ -123,6 +126,36 @@ def test_the_winners_forward_pass_need_not_run_twice(r):
     assert held[1] == again[1] and same(held[0], again[0])
 
 
+@pytest.mark.parametrize('reuse', [True, False])
+def test_candidates_draw_the_same_dropout(reuse):
+    """Where all candidates are the same network, all losses are the same: none wins by its luck."""
+    class Same(CafeNet):
+        def candidates(self, widths, rng):
+            return 3 * super().candidates(widths, rng)[:1]
+
+    policy = Same(Suite.space(), make().budgets, make().grid, CafeNet.Options(r=1, reuse=reuse), 0)
+    torch.manual_seed(0)
+    model = _Net()
+    model.head = nn.Sequential(nn.Dropout(0.5), model.head)
+    network = policy.prepare(model, trace(model, (3, 16, 16))).train()
+    losses = []
+
+    class Noted(Watched):
+        def loss(self, logits):
+            losses.append(super().loss(logits))
+            return losses[-1]
+
+    policy.train_step(Noted(network, *Suite.images()[0]))
+    assert len(losses) == 3 + (not reuse) and len({loss.item() for loss in losses}) == 1
+
+
+def test_reuse_is_running_again_with_dropout_too(monkeypatch):
+    layer = conformance._layer
+    monkeypatch.setattr(conformance, '_layer', lambda *args, **kwargs: nn.Sequential(*layer(*args, **kwargs), nn.Dropout(0.3)))
+    held, again = trained(r=1, reuse=True), trained(r=1, reuse=False)
+    assert held[1] == again[1] and same(held[0], again[0])
+
+
 class Watched:
     """A step that tells which networks ran, with and without gradients, and learned."""
 
@@ -180,6 +213,27 @@ def test_min_min(reuse):
         for name, b in fresh.named_buffers():
             assert torch.equal(b, dict(network.named_buffers())[name]), name
     assert len(learned) > 1  # or the test would pass where the first one always learns
+
+
+@pytest.mark.parametrize('reuse', [True, False])
+def test_all_processes_let_the_same_candidate_learn(reuse):
+    """That of the least mean loss, also where another has the least loss here."""
+    class Gathered(Watched):
+        losses: list
+
+        def gather(self, tensor):
+            self.losses.append(float(tensor))
+            return torch.cat([tensor, torch.tensor([1000. - 100 * len(self.losses)])])
+
+    reversed_ = set()
+    for seed in range(6):
+        policy, model = make(r=1, reuse=reuse), _Net()
+        step = Gathered(policy.prepare(model, trace(model, (3, 16, 16))).train(), *Suite.images()[0], seed=seed)
+        step.losses = []
+        policy.train_step(step)
+        assert len(step.losses) > 1 and step.learned == pytest.approx(step.losses[-1])
+        reversed_.add(int(np.argmin(step.losses)) < len(step.losses) - 1)
+    assert True in reversed_  # by the losses here, others would have won
 
 
 def test_lambda_says_for_how_long_a_random_assignment_learns():
@@ -284,12 +338,12 @@ def test_stages_shrink_budgets_linearly_and_bins_by_alpha(alpha):
             break
         [after] = after
         assert after.beta == policy.beta / alpha and after.largest == choice.widths
-        assert after.grid == bin_grid(policy.space, choice.widths, after.beta)
+        assert after.grid == bin_grid(policy.space, choice.widths, after.beta, most=policy.bins)
         policy = after
 
 
 def test_stages_keep_the_least_widths_that_were_asked_for():
-    policy = staged()
+    policy = staged('macs=0.6x')
     grid = {name: tuple(w for w in widths if w >= 0.5 * policy.largest[name]) for name, widths in policy.grid.items()}
     policy = CafeNet(policy.space, policy.budgets, grid, CafeNet.Options(stages=2, beta=4.))
     [after] = policy.following([SimpleNamespace(widths=policy.largest)])
@@ -299,6 +353,73 @@ def test_stages_keep_the_least_widths_that_were_asked_for():
 def test_stages_refuse_a_grid_of_other_bins():
     with pytest.raises(PolicyError, match='--grid flops:4'):
         CafeNet(Suite.space(), staged().budgets, Suite.grid(Suite.space()), CafeNet.Options(stages=2, beta=4.))
+
+
+def test_beta_and_alpha_are_refused_where_they_would_say_nothing():
+    with pytest.raises(PolicyError, match='--grid flops:0.5'):
+        make(beta=0.5)
+    assert staged(stages=1, beta=2.).bins
+    with pytest.raises(PolicyError, match='alpha 3 is for several stages'):
+        CafeNet.Options(alpha=3.)
+
+
+@pytest.mark.parametrize('alpha', [0.25, 1., 3.])
+@pytest.mark.parametrize('text', ['macs=0.4x', 'macs=0.12x'])
+def test_the_smallest_network_of_a_stage_is_no_larger_than_that_of_the_stage_before(text, alpha):
+    """So that no budget is lost; bins may not grow either, whatever alpha and what was found."""
+    space, grid = Suite.space(), staged().grid
+    for least in 0., 0.4:
+        rng = np.random.default_rng(0)
+        first = {name: tuple(w for w in widths if w >= least * widths[-1]) for name, widths in grid.items()}
+        if not Budget.parse(text, space).met({name: w[0] for name, w in first.items()}):
+            continue
+        for _ in range(20):
+            policy = CafeNet(space, [Budget.parse(text, space)], first, CafeNet.Options(stages=4, beta=4., alpha=alpha))
+            while policy.stage < 4:
+                [after] = policy.following([SimpleNamespace(widths=random_widths(policy.grid, rng))])
+                assert all(w <= policy.smallest[name] for name, w in after.smallest.items())
+                assert all(w <= policy.bins[name] for name, w in after.bins.items())
+                assert after.goals[0].met(after.smallest)
+                policy = after
+
+
+def test_stages_stay_where_a_latency_was_measured():
+    """Its model knows nothing of widths below the first bin of the first stage, which the bins of the next would have."""
+    space, first = Suite.space(), staged(beta=8.)
+    rng = np.random.default_rng(0)
+    tables = Factors(first.grid, 1., {name: np.sort(rng.random(len(widths))) for name, widths in first.grid.items()})
+    cost = Tables(space, 'ms per image', tables)
+    policy = CafeNet(space, [Budget(cost, 0.7 * cost(first.largest), 'latency')], first.grid,
+                     CafeNet.Options(stages=3, beta=8., population=8, iterations=2, r=0))
+    while policy.stage < 3:
+        [choice] = policy.choose(PlantedProblem(policy.grid))
+        [after] = policy.following([choice])
+        assert all(widths[0] >= first.grid[name][0] for name, widths in after.grid.items())
+        policy = after
+    [choice] = policy.choose(PlantedProblem(policy.grid))
+    assert policy.budgets[0].met(*choice) and any(len(w) > 1 for w in policy.grid.values())
+
+
+@pytest.mark.parametrize('stages', [1, 2])
+def test_what_a_search_goes_on_with_is_of_the_same_grid(stages):
+    """In several stages also of the same search, as the next stage trains what it finds; in one stage, any."""
+    state = staged(stages=stages).state_dict()
+    staged(stages=stages).load_state_dict(state)
+    with pytest.raises(PolicyError, match='stage 1 was begun on another grid'):
+        staged(stages=stages, beta=2.).load_state_dict(state)
+    other = staged(stages=stages, least=0.5, search='greedy')
+    if stages == 1:
+        return other.load_state_dict(state)
+    with pytest.raises(PolicyError, match='cafenet.search evolutionary, cafenet.least 0.8'):
+        other.load_state_dict(state)
+
+
+def test_a_space_of_more_networks_than_a_float_holds_is_told():
+    policy = make()
+    policy.grid = {f'{i}': range(10) for i in range(400)}
+    model = _Net()
+    policy.prepare(model, trace(model, (3, 16, 16)))
+    assert '10^400.0 networks' in policy.notes[-1]
 
 
 def test_one_stage_is_followed_by_none():
@@ -377,10 +498,13 @@ def test_channels_are_those_of_one_shared_network_alone(tmp_path):
     assert all(spec.widths.get(name, widths[-1]) in widths for name, widths in grid.items())  # the last stage's
 
 
-def test_a_search_in_stages_resumes_to_the_same_answer(tmp_path):
+def test_a_search_in_stages_resumes_to_the_same_answer(tmp_path, capsys):
     flags = ['search', '--policy', 'cafenet', *SHORT, '--budget', 'macs=0.5x', 'macs=0.3x', '--grid', 'flops:2', '--cafenet.beta', '2',
              '--cafenet.stages', '2', '--supernet-macs', '1.2', '--output', str(tmp_path / 'x')]
     assert cli.main(flags) == 0
+    args = yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())
+    assert args['supernet_macs'] == 1.2 and args.get('width_max') is None
+    assert 'x the base MACs' in capsys.readouterr().out
     names = {f.name for f in (tmp_path / 'x' / 'search').iterdir()}
     labels = 'cafenet', 'cafenet.macs-0.5x.2', 'cafenet.macs-0.3x.2'
     assert {f'{label}.{end}' for label in labels for end in ('pth.tar', 'scores.jsonl')} <= names

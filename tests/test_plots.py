@@ -21,7 +21,7 @@ def folder(tmp_path):
         model = timm.create_model(f'{MODEL}_width', widths=space.scaled(ratio))
         timm_width.save(model, tmp_path / budget.replace('=', '-'), {'budget': budget, 'grid': {'rule': 'flops', **grid}}, weights=False)
     (tmp_path / 'search').mkdir()
-    lines = [(['shared', {'a': 4, 'b': 2}, [], None, 'batch'], 50.), (['shared', {'a': [0, 1, 2, 4], 'b': 2}, [], None, 'batch'], 60.),
+    lines = [(['shared', {'a': 4, 'b': 2}, [], None, 'batch'], 50.), (['shared', {'a': [[0, 3], [4, 1]], 'b': 2}, [], None, 'batch'], 60.),
              (['shared', {'a': 3, 'b': 2}, [], None, 'batch'], 40.)]
     (tmp_path / 'search' / 'cafenet.scores.jsonl').write_text(
         ''.join(json.dumps([json.dumps(key), [top1, 1.]]) + '\n' for key, top1 in lines) + '["cut')
@@ -38,6 +38,14 @@ def test_the_command_writes_the_three_pictures(folder, capsys):
 
 def test_a_networks_score_is_that_of_its_best_assignment(folder):
     assert sorted(read_scores(folder / 'search' / 'cafenet.scores.jsonl')) == [40., 60.]
+
+
+def test_indices_count_steps_and_widths_count_channels(tmp_path):
+    path = tmp_path / 'x.scores.jsonl'
+    path.write_text(''.join(json.dumps([json.dumps(['shared', {'a': a}, [], None, 'batch']), [top1, 1.]]) + '\n'
+                            for a, top1 in ((16, 50.), ([[0, 1], [2, 1]], 60.), (24, 40.))))
+    assert read_scores(path, {'a': 8}) == [60., 40.]
+    assert read_scores(path) == [50., 60., 40.]  # two steps of one channel are another width
 
 
 def test_figures_show_ratios_bins_and_scores(folder):

@@ -53,6 +53,7 @@ def bin_grid(
         largest: Mapping[str, int],
         beta: Union[int, float] = 1,
         steps: Optional[Mapping[str, int]] = None,
+        most: Optional[Mapping[str, int]] = None,
 ) -> Grid:
     """The widths 1, 2, ... bins. The last bin takes in what is left over, so the largest width is on the grid.
 
@@ -61,15 +62,16 @@ def bin_grid(
         largest: Group -> its largest width, for the groups to search.
         beta: The least size of a bin.
         steps: Group -> what bins are multiples of, but for the last one of a group; by default its unit.
+        most: Group -> the largest size of its bins.
 
     Returns:
         Group -> widths, ascending.
     """
     sizes, grid = bin_sizes(sensitivities(space, largest, largest), beta), {}
-    for name, most in largest.items():
+    for name, last in largest.items():
         step = space[name].unit if steps is None else steps[name]
-        size = max(sizes[name] // step, 1) * step
-        grid[name] = (*(size * i for i in range(1, most // size)), most)
+        size = max(min(sizes[name], (most or {}).get(name, last)) // step, 1) * step
+        grid[name] = (*(size * i for i in range(1, last // size)), last)
     return grid
 
 

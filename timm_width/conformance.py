@@ -188,9 +188,14 @@ class PolicyConformance:
         found = self.answer(budgets)
         assert len(found) == len(budgets)
         grid = self.grid(space)
-        for (widths, skips), budget in zip(found, budgets):
+        for choice, budget in zip(found, budgets):
+            widths, skips = choice
             space.check(widths, skips)
             assert budget.met(widths, skips) and all(widths[g] in grid[g] for g in grid)
+            for g, kept in getattr(choice, 'channels', {}).items():
+                steps = list(kept)
+                assert len(steps) * space[g].unit == widths[g] and steps == sorted({*steps})
+                assert 0 <= steps[0] and (steps[-1] + 1) * space[g].unit <= grid[g][-1]
 
     def test_the_same_seed_gives_the_same_answer(self):
         budgets = [Budget.parse('macs=0.5x', self.space())]

@@ -108,7 +108,7 @@ def make_grid(
     """
     rule, number, ratios = _parse(kind)
     if ratios is not None and (low is not None or high is not None):
-        raise UsageError(f'--grid {kind} says all the ratios: leave out --width-min and --width-max')
+        raise UsageError(f'--grid {kind} says all the ratios: leave out --width-min, --width-max and --supernet-macs')
     divisor = divisor or rule.divisor
     low = rule.low if low is None else low
     high = rule.high if high is None else high

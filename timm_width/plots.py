@@ -22,6 +22,7 @@ import timm
 from .config import SUFFIX, ConfigError, Spec, load_spec
 from .data import UsageError
 from .models import register
+from .space import WidthSpace
 from .trace import meta_copy, trace
 
 __all__ = ['main', 'plot_bins', 'plot_ratios', 'plot_scores', 'read_scores']
@@ -40,14 +41,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--format', choices=FORMATS, default='png')
     args = parser.parse_args(argv)
     specs = _specs(args.folder)
+    first = next(iter(specs.values()))
+    grid, space = _grid(first), _space(first)
+    units = {group.name: group.unit for group in space.groups}
     scores = {file.name.removesuffix('.scores.jsonl'): found for file in sorted((args.folder / 'search').glob('*.scores.jsonl'))
-              if (found := read_scores(file))}
+              if (found := read_scores(file, units))}
     _pyplot()
     output = args.folder if args.output is None else args.output
     output.mkdir(parents=True, exist_ok=True)
-    first = next(iter(specs.values()))
-    grid = _grid(first)
-    pictures = {'ratios': plot_ratios(specs, _base_widths(first))}
+    pictures = {'ratios': plot_ratios(specs, space.base_widths)}
     if grid:
         pictures['bins'] = plot_bins(grid)
     if scores:
@@ -73,12 +75,12 @@ def _specs(folder: Path) -> dict[str, Spec]:
     return {str(spec.provenance.get('budget') or path.name): spec for path, spec in zip(paths, specs)}
 
 
-def _base_widths(spec: Spec) -> dict[str, int]:
+def _space(spec: Spec) -> WidthSpace:
     name = spec.architecture.removesuffix(SUFFIX)
     register(name)
     size = (timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg).input_size
     model = meta_copy(timm.create_model(name, **{k: v for k, v in spec.model_args.items() if k != 'pretrained_cfg'}))
-    return trace(model, size).base_widths
+    return trace(model, size)
 
 
 def _grid(spec: Spec) -> dict[str, list[int]]:
@@ -90,8 +92,12 @@ def _grid(spec: Spec) -> dict[str, list[int]]:
     return found
 
 
-def read_scores(path: Path) -> list[float]:
+def read_scores(path: Path, units: Mapping[str, int] = {}) -> list[float]:
     """The accuracies of the networks in a journal of scores: of each widths' several assignments the best.
+
+    Args:
+        path: The journal.
+        units: Group -> channels of one of its steps (ids), which the journal's runs of indices count; 1 where there is none.
 
     Raises:
         UsageError: It is not such a journal.
@@ -104,7 +110,7 @@ def read_scores(path: Path) -> list[float]:
         try:
             key, (top1, _) = json.loads(line)
             kind, widths, *rest = json.loads(key)
-            widths = {n: len(w) if isinstance(w, list) else w for n, w in widths.items()}
+            widths = {n: units.get(n, 1) * sum(length for _, length in w) if isinstance(w, list) else w for n, w in widths.items()}
             name = json.dumps([kind, widths, rest], sort_keys=True)
             best[name] = max(best.get(name, float(top1)), float(top1))
         except (ValueError, TypeError, AttributeError, RecursionError):

@@ -39,7 +39,7 @@ class Problem:
     """What is searched, or what a policy learns on.
 
     Attributes:
-        args: The flags.
+        args: The flags; --width-max is what --supernet-macs comes to.
         train: Images to train on.
         held: Images that training never sees: the validation images, or while a policy learns, its holdout.
         targets: Class of every image of the training split.
@@ -134,10 +134,9 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
     space = trace(model, config['input_size'])
     fixed = () if args.search_se else squeezes(model, space)
     if args.supernet_macs:
-        found = growth(space, args.supernet_macs, args.fix, fixed)
-        if args.width_max not in (None, found):  # the same, where a search goes on
+        if args.width_max is not None:
             raise UsageError('--width-max and --supernet-macs both say how wide the largest network is: give one')
-        args.width_max = found
+        args = Namespace(**{**vars(args), 'width_max': growth(space, args.supernet_macs, args.fix, fixed)})  # not the caller's
     grids: dict[str, Grid] = {}
     low, high = args.width_min, args.width_max
     for policy, rule in rules.items():

@@ -30,6 +30,7 @@ from . import policies
 from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, flags_given, write_args
 from .budget import Budget
 from .config import SUFFIX, digest, fingerprint, load_spec, save
+from .cost import Macs
 from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS
@@ -313,19 +314,23 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
     learning = learning_problem(problem)
     measuring = needs_measuring(args)
     if measuring:
-        check_measurable(args, target, problem.space, rules[name])
+        check_measurable(problem.args, target, problem.space, rules[name])
     check_kept(args, target, [label for label, policy in found.items() if policy.learns_budget])
     if is_primary(args):
         _prepare_output(args, output)
         keep_model(args, target)
     wait_for_all(args)
     if measuring:
-        target = build_target(args, target, problem.space, rules[name])
+        target = build_target(problem.args, target, problem.space, rules[name])
         problems = set_budgets(plain, target)
         problem = problems[name]
         learning = dataclasses.replace(learning, budgets=problem.budgets, latency=problem.latency)
     say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
                f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
+    if args.supernet_macs:
+        macs, largest = Macs(problem.space), {n: widths[-1] for n, widths in problem.grid.items()}
+        say(args, f'the largest network has {macs(largest) / macs():.4f}x the base MACs: all widths searched are '
+                  f'{problem.args.width_max:.4f}x, rounded')
     try:
         return _run(args, problems, learning, found, options, name, target), target
     except KeyboardInterrupt:

@@ -126,8 +126,8 @@ def _channels(args: Namespace, weights: Mapping[str, torch.Tensor]) -> Mapping[s
                          "network, 'file', and 'kept', group name -> indices")
     if (found := digest(weights)) != said['of']:
         raise UsageError(f"--inherit '{args.inherit}' is not the shared network that the channels of {_config_flag(args)} are of "
-                         f"({found}, not {said['of'][:80]}): give {str(said.get('file', ''))[:200]} of that search, or --importance "
-                         'to choose other channels')
+                         f"({found}, not {said['of'][:80]}): give {str(said.get('file', ''))[:200]} of that search, or "
+                         '--importance to choose other channels')
     return said['kept']
 
 

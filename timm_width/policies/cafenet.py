@@ -1,7 +1,7 @@
 """CafeNet: a shared network in which each width may be made of several sets of channels, and is as good as the best of them."""
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..assignment import assignments, channels
-from ..bins import bin_grid, space_size
+from ..bins import bin_grid
 from ..budget import Budget
-from ..space import WidthSpace
+from ..space import WidthError, WidthSpace
 from ..supernet import Supernet
 from .base import (
     Choice,
@@ -54,6 +54,7 @@ class CafeNet(Policy):
       looked for by `search`: CafeNet-E (population 40, 50 iterations), CafeNet-R (2,000 networks) or greedily (Table 9).
     - Stages (10): with several, each but the last is searched at a budget between the cost of the first shared network and the
       one asked for, in equal steps; what it finds is the largest network of the next, whose `beta` is smaller by `alpha`.
+      No bin becomes larger than in the stage before, or the least width: so every budget that could be met still can.
 
     What the paper leaves open, and how it is done here. A network of L layers has up to 3^L combinations of assignments at r = 1,
     but the times of Table 8 fit 1, 3, 10 and 35 forward passes for r = 0 to 3: so a network has that many candidates. By default,
@@ -69,10 +70,12 @@ class CafeNet(Policy):
     are those of the flags; theirs: SGD with momentum 0.9, a cosine from 0.1, 300 epochs, for networks trained alone.
 
     The winner's forward pass need not run twice: with `reuse`, all candidates run with gradients, of which those of the best so far
-    are held: two forward passes in memory instead of one. Running statistics are those of the winner alone, either way.
+    are held: two forward passes in memory instead of one. Running statistics are those of the winner alone, either way. All
+    candidates of a batch draw the same dropout. Under --grad-accum-steps, every batch of an update has a winner of its own.
     """
 
     default_grid = 'flops'
+    free_options = ('search', 'samples', 'population', 'iterations', 'least', 'statistics', 'batches')
 
     @dataclass(frozen=True)
     class Options:
@@ -88,8 +91,8 @@ class CafeNet(Policy):
         statistics: str = option('recalibrated', 'statistics of batch norms while searching: recalibrated, batch or running')
         batches: int = option(0, 'batches of the holdout on which networks are compared; 0: all')
         stages: int = option(1, 'number of stages')
-        alpha: float = option(2., 'by how much the bins of a stage are smaller than those of the stage before')
-        beta: float = option(1., 'least size of a bin in the first of several stages; --grid flops:BETA must say the same')
+        alpha: float = option(2., 'with several stages: by how much the bins of a stage are smaller than those of the one before')
+        beta: float = option(1., 'least size of a bin, in the first stage; --grid flops:BETA must say the same')
 
         def __post_init__(self):
             if self.r not in range(4):
@@ -108,20 +111,44 @@ class CafeNet(Policy):
             for name in 'alpha', 'beta':
                 if not 0 < getattr(self, name) < math.inf:
                     raise PolicyError(f'cafenet.{name} must be above 0, not {getattr(self, name):g}')
+            if self.stages == 1 and self.alpha != 2:
+                raise PolicyError(f'cafenet.alpha {self.alpha:g} is for several stages: give cafenet.stages, or leave it out')
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stage, self.beta, self.floor = 1, self.options.beta, self.smallest
         self.whole = [b.cost(self.largest) for b in self.budgets]
         self.network: Optional[Supernet] = None
-        if self.options.stages > 1:
+        self.bins: dict[str, int] = {}  # their sizes
+        if self.options.stages > 1 or self.beta != 1:
             self._check_bins()
 
     def prepare(self, model: nn.Module, space: WidthSpace) -> Supernet:
         self.network = Supernet(model, space)
-        self.notes.append(f'stage {self.stage} of {self.options.stages}: {space_size(self.grid):.2g} networks, each of up to '
-                          f'{self.count} assignments')
+        digits = sum(math.log10(len(levels)) for levels in self.grid.values())  # their product may be more than a float holds
+        self.notes.append(f'stage {self.stage} of {self.options.stages}: 10^{digits:.1f} networks, each of up to {self.count} '
+                          'assignments')
         return self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its training depends on: the grid; in several stages, the search that decides the grid of the next, too."""
+        options = {k: v for k, v in asdict(self.options).items() if k in self.free_options} if self.options.stages > 1 else {}
+        return {'grid': {name: list(widths) for name, widths in self.grid.items()}, 'options': options}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Checks that it is that of a training of the same networks.
+
+        Raises:
+            PolicyError: It is not.
+        """
+        own = self.state_dict()
+        if other := [k for k in own['options'] if state['options'].get(k) != own['options'][k]]:
+            raise PolicyError('in several stages, what a search finds is trained next: it was begun with ' + ', '.join(
+                f"cafenet.{k} {state['options'].get(k)}" for k in other))
+        names = sorted({*own['grid'], *state['grid']})
+        if other := [n for n in names if own['grid'].get(n) != state['grid'].get(n)]:
+            raise PolicyError(f"stage {self.stage} was begun on another grid, of '{other[0]}' and {len(other) - 1} other groups: "
+                              'for another budget, or with another latency model')
 
     # -- assignments -------------------------------------------------------------------------------------------
 
@@ -159,14 +186,18 @@ class CafeNet(Policy):
         elif self.options.reuse:
             self._learn_best(step, networks)
         else:
+            rewind, losses = self._rewind(), []
             with torch.no_grad():  # leaves running statistics alone, too
-                losses = [_mean(step, step.loss(step.forward(network))) for network in networks]
+                for network in networks:
+                    losses.append(_mean(step, step.loss(step.forward(network))))
+                    rewind()
             step.backward(step.loss(step.forward(networks[int(np.argmin(losses))])))
 
     def _learn_best(self, step: Step, networks: Sequence[Network]) -> None:
         """Eqs. 11 and 12 with one forward pass for each candidate."""
-        least, best = math.inf, None
+        least, best, rewind = math.inf, None, self._rewind()
         for network in networks:
+            rewind()
             statistics: dict[str, Any] = {}
             loss = step.loss(step.forward(network, statistics=statistics))
             value = _mean(step, loss)
@@ -175,6 +206,19 @@ class CafeNet(Policy):
             del loss  # and what its backward pass would need
         self.network.keep(best[1])
         step.backward(best[0])
+
+    def _rewind(self) -> Callable[[], None]:
+        """What brings torch's random numbers back to here: or the least loss would be that of a lucky dropout."""
+        device = next(self.network.parameters()).device
+        of_device = None if device.type == 'cpu' else torch.get_device_module(device)
+        which = () if device.type == 'mps' else (device,)  # there is one
+        here, there = torch.get_rng_state(), of_device and of_device.get_rng_state(*which)
+
+        def rewind() -> None:
+            torch.set_rng_state(here)
+            if of_device is not None:
+                of_device.set_rng_state(there, *which)
+        return rewind
 
     # -- search: max-max ---------------------------------------------------------------------------------------
 
@@ -283,19 +327,40 @@ class CafeNet(Policy):
                 for b, limit in zip(self.budgets, limits)]
 
     def following(self, found: Sequence[Choice]) -> list['CafeNet']:
-        """For each budget the next stage: within what was found, with smaller bins."""
+        """For each budget the next stage: within what was found, with smaller bins.
+
+        Raises:
+            PolicyError: A stage has no network within its budget.
+        """
         if self.stage >= self.options.stages:
             return []
         after = []
         for budget, whole, choice in zip(self.budgets, self.whole, found):
             beta = self.beta / self.options.alpha
-            grid = {name: tuple(w for w in levels if w >= self.floor.get(name, 0) or w == levels[-1])
-                    for name, levels in bin_grid(self.space, choice.widths, beta).items()}
-            policy = type(self)(self.space, [budget], grid, replace(self.options, stages=1), self.seed)
+            bins = bin_grid(self.space, choice.widths, beta, most=self.bins)
+            grid = {name: self._within(budget, choice.widths, name, levels) for name, levels in bins.items()}
+            policy = type(self)(self.space, [budget], grid, replace(self.options, stages=1, alpha=2., beta=1.), self.seed)
             policy.options, policy.stage, policy.beta = self.options, self.stage + 1, beta
-            policy.floor, policy.whole = self.floor, [whole]
+            policy.bins, policy.floor, policy.whole = {n: levels[0] for n, levels in bins.items()}, self.floor, [whole]
+            [goal] = policy.goals
+            if not goal.met(policy.smallest):
+                raise PolicyError(f'stage {policy.stage}: {goal} is less than the smallest network of its grid, '
+                                  f'{goal.cost.show(goal.cost(policy.smallest))}: give fewer cafenet.stages')
             after.append(policy)
         return after
+
+    def _within(self, budget: Budget, largest: Mapping[str, int], name: str, levels: Sequence[int]) -> tuple[int, ...]:
+        """The widths of a group that were asked for, and whose cost is known: a latency is only where it was measured."""
+        def known(width: int) -> bool:
+            try:
+                budget.cost({**largest, name: width})
+            except WidthError:
+                return False
+            return True
+
+        least = self.smallest[name]
+        found = [w for w in levels if w >= self.floor.get(name, 0) and known(w)]
+        return (*([least] if not found or least < found[0] else []), *found)
 
     def _check_bins(self) -> None:
         """Refuses a grid that is not of the bins that stages go on from; keeps the least widths that were asked for."""
@@ -303,6 +368,7 @@ class CafeNet(Policy):
         if any(levels[-len(w):] != tuple(w) for levels, w in zip(bins.values(), self.grid.values())):
             raise PolicyError(f'cafenet.stages {self.options.stages} with cafenet.beta {self.beta:g} needs --grid '
                               f'flops:{self.beta:g}, and no --width-divisor')
+        self.bins = {name: levels[0] for name, levels in bins.items()}
         self.floor = {name: w[0] for name, w in self.grid.items() if w[0] > bins[name][0]}
 
 
