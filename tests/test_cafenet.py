@@ -520,6 +520,20 @@ def test_a_search_in_stages_resumes_to_the_same_answer(tmp_path, capsys):
     assert macs[0] <= 0.5 * space.macs() and macs[1] <= 0.3 * space.macs()
 
 
+def test_another_search_goes_on_from_the_same_training(tmp_path, capsys):
+    """Of several stages it may not: what it finds is trained next."""
+    run = ['search', '--policy', 'cafenet', *SHORT, '--budget', 'macs=0.5x', '--output']
+    assert cli.main([*run, str(tmp_path / 'x')]) == 0
+    written = (tmp_path / 'x' / 'search' / 'cafenet.pth.tar').stat().st_mtime_ns
+    assert cli.main(['search', '--resume', str(tmp_path / 'x'), '--cafenet.search', 'random', '--cafenet.samples', '3']) == 0
+    assert (tmp_path / 'x' / 'search' / 'cafenet.pth.tar').stat().st_mtime_ns == written
+    assert timm_width.load_spec(tmp_path / 'x').provenance['options']['search'] == 'random'
+    assert cli.main([*run, str(tmp_path / 'y'), '--cafenet.stages', '2', '--grid', 'flops:1']) == 0
+    capsys.readouterr()
+    assert cli.main(['search', '--resume', str(tmp_path / 'y'), '--cafenet.samples', '3', '--cafenet.search', 'random']) == 2
+    assert 'begun with cafenet.search evolutionary, cafenet.samples 2000' in capsys.readouterr().err
+
+
 def test_resize_is_what_holds_the_channels():
     """`resize(keep=...)` and `Supernet` mean the same by an assignment."""
     policy = make(r=1)
