@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import timm_width
 from timm_width.engine import batch_statistics, score
-from timm_width.holdout import CALIBRATION, Holdout, Journal
+from timm_width.holdout import CALIBRATION, Holdout, Journal, runs
 from timm_width.policies.base import Choice, PolicyError, Score
 from timm_width.supernet import Supernet, recalibrate
 
@@ -188,3 +188,18 @@ def test_loaders_of_timm_are_scored_as_lists_are(shared):
     for _ in range(2):
         assert shared.holdout(HALF, statistics='running') == score(shared.network.eval(), shared.held, ARGS, HALF)
         shared.holdout.journal.known.clear()
+
+
+@pytest.mark.parametrize('indices, found', [([], []), ([3], [[3, 1]]), ([0, 1, 2], [[0, 3]]), ([1, 2, 5, 7, 8], [[1, 2], [5, 1], [7, 2]]),
+                                            (np.array([0, 2]), [[0, 1], [2, 1]])])
+def test_indices_are_written_as_runs(indices, found):
+    assert runs(indices) == found == json.loads(json.dumps(runs(indices)))
+    assert [i for first, length in runs(indices) for i in range(first, first + length)] == list(indices)
+
+
+def test_a_journals_line_is_short_however_many_channels_are_kept(shared):
+    kept = {'layer1.0.conv1': [*range(8), *range(12, 20)]}
+    first = shared.holdout(kept)
+    [key] = shared.holdout.journal.known
+    assert json.loads(key)[1] == {'layer1.0.conv1': [[0, 8], [12, 8]]}
+    assert shared.holdout(kept) == first and len(shared.holdout.journal.known) == 1

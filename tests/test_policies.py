@@ -1,13 +1,36 @@
 """The policies that ship here, by the suite that all policies are held to."""
+import json
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 
 import timm_width
-from timm_width import cli, policies
+from timm_width import cli, policies, search
 from timm_width.conformance import PolicyConformance
+
+
+def test_a_choice_keeps_its_channels():
+    choice = policies.Choice({'a': 2}, (), {'a': (0, 3)})
+    assert choice == policies.Choice({'a': 2}) == ({'a': 2}, ()) and policies.Choice({'a': 2}).channels == {}
+    assert choice._replace(skips=('b',)).channels == {'a': (0, 3)} and choice._replace(widths={'a': 1}).channels == {}
+    assert policies.Choice._make(choice).channels == {}
+
+
+def test_an_answer_has_as_many_channels_as_its_widths_say():
+    """Groups of unit 8 are kept by steps; numbers of NumPy are not what JSON holds."""
+    space = timm_width.trace(timm.create_model('regnetx_002'))
+    name = next(n for n, g in space.searchable.items() if g.unit == 8)
+    problem = SimpleNamespace(space=space)
+    found = search._checked(problem, 'mine', policies.Choice({name: np.int64(16)}, (), {name: np.array([0, 2])}))
+    assert json.loads(json.dumps([found.widths, found.channels])) == [{name: 16}, {name: [0, 2]}]
+    for wrong in [0], [0, 1, 2]:
+        with pytest.raises(policies.PolicyError, match=f"mine answered with {len(wrong)} steps of '{name}'"):
+            search._checked(problem, 'mine', policies.Choice({name: 16}, (), {name: wrong}))
 
 
 class TestUniform(PolicyConformance):
@@ -48,6 +71,30 @@ class TestAOWS(PolicyConformance):
     options = {'sampling': 'joint', 'seen': 2}
     epochs = 3
     regret = None  # it asks for no scores
+
+
+class TestCafeNet(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'population': 10, 'iterations': 8, 'batches': 1}
+    beats_random = False  # three scores for each network, which on the planted problem are all the same
+
+
+class TestCafeNetOfTheFixedPattern(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'r': 0, 'population': 20, 'iterations': 15, 'batches': 1}
+
+
+class TestCafeNetBySamples(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'search': 'random', 'samples': 40, 'candidates': 'random', 'reuse': False, 'batches': 1}
+    regret = 6.
+    beats_random = False  # it is the best of as many
+
+
+class TestCafeNetGreedily(PolicyConformance):
+    policy = policies.load('cafenet')
+    options = {'search': 'greedy', 'r': 2, 'candidates': 'coordinate', 'explore': 0.5, 'batches': 1}
+    beats_random = False  # as AutoSlim
 
 
 def readme_policy(folder: Path) -> Path:

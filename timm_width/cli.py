@@ -22,8 +22,9 @@ COMMANDS = {  # name -> what --help says; the module of that name has main(argv)
     'train': 'train a timm model, plain or searched',
     'export': 'write a saved model as an ONNX file, checked against torch',
     'latency': 'measure a network at many widths, here or on another machine',
+    'plot': 'draw what a search found',
 }
-MODULES = {'latency': 'latency.command'}  # of commands that are called otherwise
+MODULES = {'latency': 'latency.command', 'plot': 'plots'}  # of commands that are called otherwise
 ERRORS = (UsageError, RunnerError, LatencyError, PolicyError, BudgetError, CostError, SolveError, WidthError, TraceError)
 USAGE = 'usage: timm-width COMMAND ...\n\n' + '\n'.join(f'  {name:<8} {text}' for name, text in COMMANDS.items()) + (
     '\n\n  timm-width COMMAND --help lists the flags of a command\n  timm-width --version')

@@ -22,7 +22,7 @@ from .space import WidthError, nearest
 
 __all__ = [
     'FORMAT', 'SUFFIX', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes', 'check_stored_args',
-    'fingerprint', 'load_spec', 'record', 'save', 'unknown_argument',
+    'digest', 'fingerprint', 'load_spec', 'record', 'save', 'unknown_argument',
 ]
 
 FORMAT = 1
@@ -118,6 +118,16 @@ def fingerprint(model: nn.Module) -> str:
         shape = tuple(p.shape) if name.rpartition('.')[2] in ('weight', 'bias') or p.ndim < 2 else p.ndim
         digest.update(f'{name}:{shape};'.encode())
     return 'sha256:' + digest.hexdigest()[:16]
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Digest of a state dict's names and values, without what batch norms count: that tells one shared network from another."""
+    found = hashlib.sha256()
+    for name, t in sorted(weights.items()):
+        if not name.endswith(('.running_mean', '.running_var', '.num_batches_tracked')):
+            found.update(f'{name}:{tuple(t.shape)}:{t.dtype};'.encode())
+            found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return 'sha256:' + found.hexdigest()[:16]
 
 
 def record(model: nn.Module, widths: Mapping[str, int], skips: Sequence[str]) -> None:

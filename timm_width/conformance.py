@@ -8,10 +8,11 @@
 In a file that pytest collects, this runs all of it on a small network and random images, and on a planted problem whose best
 answer is known. Each test states one law; override a class attribute to adapt it, and no test.
 """
+import numbers
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -60,6 +61,11 @@ class _Table(Polynomial):
         super().__init__(space, 'ns', [(s.name, s.positions * (3 + 5 * i % 7), s.factors) for i, s in sites])
 
 
+def _width(width: Union[int, Sequence[int]]) -> int:
+    """Channels of a group of unit 1, given by their number or one by one."""
+    return width if isinstance(width, numbers.Integral) else len(width)
+
+
 class PlantedProblem:
     """`evaluate` from a known function: each group gains by its width, with a worth of its own and diminishing returns.
 
@@ -73,12 +79,12 @@ class PlantedProblem:
         self.worth = dict(zip(grid, worth.tolist()))
         self.asked = 0
 
-    def top1(self, widths: Mapping[str, int]) -> float:
-        return 100 * (1 - sum(w * np.exp(-3 * widths[g] / self.grid[g][-1]) for g, w in self.worth.items()))
+    def top1(self, widths: Mapping[str, Union[int, Sequence[int]]]) -> float:
+        return 100 * (1 - sum(w * np.exp(-3 * _width(widths[g]) / self.grid[g][-1]) for g, w in self.worth.items()))
 
     def __call__(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str] = (),
             batches: Optional[int] = None,
             statistics: str = 'batch',
@@ -182,9 +188,14 @@ class PolicyConformance:
         found = self.answer(budgets)
         assert len(found) == len(budgets)
         grid = self.grid(space)
-        for (widths, skips), budget in zip(found, budgets):
+        for choice, budget in zip(found, budgets):
+            widths, skips = choice
             space.check(widths, skips)
             assert budget.met(widths, skips) and all(widths[g] in grid[g] for g in grid)
+            for g, kept in getattr(choice, 'channels', {}).items():
+                steps = list(kept)
+                assert len(steps) * space[g].unit == widths[g] and steps == sorted({*steps})
+                assert 0 <= steps[0] and (steps[-1] + 1) * space[g].unit <= grid[g][-1]
 
     def test_the_same_seed_gives_the_same_answer(self):
         budgets = [Budget.parse('macs=0.5x', self.space())]
@@ -255,7 +266,7 @@ class _OnImages:
 
     def __call__(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str] = (),
             batches: Optional[int] = None,
             statistics: str = 'batch',

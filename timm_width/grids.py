@@ -12,11 +12,13 @@ from typing import NamedTuple, Optional
 import numpy as np
 from torch import nn
 
+from .bins import bin_grid
+from .cost import Macs
 from .data import UsageError
 from .policies.base import Grid
 from .space import MAX_GROWTH, Group, WidthSpace, nearest
 
-__all__ = ['GRIDS', 'make_grid', 'squeezes']
+__all__ = ['GRIDS', 'growth', 'make_grid', 'squeezes']
 
 DIVISOR = 8
 SQUEEZE = re.compile('SEModule|SEWithNorm|SqueezeExcit|BlockESE|GatherExcite')  # classes of squeeze-excite in timm
@@ -24,11 +26,13 @@ SQUEEZE = re.compile('SEModule|SEWithNorm|SqueezeExcit|BlockESE|GatherExcite')  
 
 class _Rule(NamedTuple):
     """A published rule: widths from (base, step, low, high, number), and what these are if nobody says."""
-    widths: Callable[[int, int, float, float, float], Iterable[int]]
+    widths: Optional[Callable[[int, int, float, float, float], Iterable[int]]]  # None: those of a group depend on the others
     low: float
     high: float
     number: float
     help: str
+    divisor: int = DIVISOR
+    number_is: str = 'a whole number'
 
 
 def _multiples(base: int, step: int, low: float, high: float, number: float) -> list[int]:
@@ -68,9 +72,12 @@ GRIDS: dict[str, _Rule] = {
     'multiples': _Rule(_multiples, 0.1, 1.0, 0, 'all multiples of --width-divisor'),
     'aows': _Rule(_aows, 0.2, 1.5, 14, '14 even ratios'),
     'autoslim': _Rule(_autoslim, 0.15, 1.5, 12, 'down in 12ths of the largest width'),
-    'dmcp': _Rule(_dmcp, 0.1, 1.0, 0.1, 'down in tenths of the base width; --width-divisor is 1'),
+    'dmcp': _Rule(_dmcp, 0.1, 1.0, 0.1, 'down in tenths of the base width; --width-divisor is 1', 1, 'a share'),
     'bins': _Rule(_bins, 0.0, 1.0, 10, '10 equal parts of the largest width'),
+    'flops': _Rule(None, 0.0, 1.0, 1, 'bins of about the same MACs, of 1 channel or more; --width-divisor is 1', 1, 'a number'),
 }
+_NUMBERS: dict[str, Callable[[float], bool]] = {
+    'a whole number': lambda n: n >= 1 and n.is_integer(), 'a share': lambda n: 0 < n <= 1, 'a number': lambda n: 0 < n < math.inf}
 
 
 def make_grid(
@@ -89,7 +96,7 @@ def make_grid(
         kind: A name of GRIDS, with its number after a colon if another is wanted ('aows:10'), or a list of ratios ('0.25,0.5,1').
         low: Smallest ratio of the base width, though at least one step is kept; by default the rule's own.
         high: Largest ratio of the base width; by default the rule's own.
-        divisor: Step of the widths; by default 8, or what the rule says.
+        divisor: Step of the widths; by default 8, or what the rule says. Of the rule 'flops', that of its bins.
         fix: Patterns of the groups that keep their base width, and are left out.
         squeezes: Further groups that are left out.
 
@@ -101,23 +108,29 @@ def make_grid(
     """
     rule, number, ratios = _parse(kind)
     if ratios is not None and (low is not None or high is not None):
-        raise UsageError(f'--grid {kind} says all the ratios: leave out --width-min and --width-max')
-    divisor = divisor or (1 if rule is GRIDS['dmcp'] else DIVISOR)
+        raise UsageError(f'--grid {kind} says all the ratios: leave out --width-min, --width-max and --supernet-macs')
+    divisor = divisor or rule.divisor
     low = rule.low if low is None else low
     high = rule.high if high is None else high
     if not 0 <= low <= high <= MAX_GROWTH or high == 0:
         raise UsageError(f'--width-min {low:g} and --width-max {high:g} must be from 0 to {MAX_GROWTH}, the smaller first')
     fixed = {*squeezes, *_fixed(space, fix)}
+    groups = {name: group for name, group in space.searchable.items() if name not in fixed}
+    steps = {name: _step(group, divisor) for name, group in groups.items()}
+    bins: Grid = {}
+    if rule.widths is None and groups:
+        largest = {name: g.unit * max(math.floor(high * g.steps + 0.5), 1) for name, g in groups.items()}
+        bins = bin_grid(space, largest, number, steps)
     grid = {}
-    for name, group in space.searchable.items():
-        if name in fixed:
-            continue
-        step = _step(group, divisor)
-        if ratios is None:
+    for name, group in groups.items():
+        step = steps[name]
+        if bins:
+            widths = (w for w in bins[name] if w >= low * group.size)
+        elif ratios is None:
             widths = rule.widths(group.size, step, low, high, number)
         else:
             widths = (step * max(round(r * group.size / step), 1) for r in ratios)
-        grid[name] = tuple(sorted({min(w, MAX_GROWTH * group.size // step * step) for w in widths}))
+        grid[name] = tuple(sorted({min(w, MAX_GROWTH * group.size // step * step) for w in widths} if not bins else widths))
         if not grid[name]:
             raise UsageError(f"--grid {kind} from {low:g} to {high:g} leaves no width for '{name}' of {group.size} channels")
     if not grid:
@@ -131,7 +144,7 @@ def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
     try:
         if name in GRIDS:
             given = float(number) if number else GRIDS[name].number
-            if number and not (0 < given <= 1 if GRIDS[name].number < 1 else given >= 1 and given.is_integer()):
+            if number and not _NUMBERS[GRIDS[name].number_is](given):
                 raise ValueError
             return GRIDS[name], given, None
         ratios = [float(r) for r in kind.split(',')]
@@ -139,8 +152,8 @@ def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
             raise ValueError
         return GRIDS['multiples'], 0, ratios
     except ValueError:
-        raise UsageError(f"--grid '{kind}' is not a grid{nearest(name, GRIDS)}: give one of {', '.join(GRIDS)} (aows:10 or "
-                         f"dmcp:0.05 for another number), or ratios from above 0 to {MAX_GROWTH}, as in 0.25,0.5,1") from None
+        raise UsageError(f"--grid '{kind}' is not a grid{nearest(name, GRIDS)}: give one of {', '.join(GRIDS)} (aows:10, dmcp:0.05 "
+                         f"or flops:0.5 for another number), or ratios from above 0 to {MAX_GROWTH}, as in 0.25,0.5,1") from None
 
 
 def _step(group: Group, divisor: int) -> int:
@@ -157,6 +170,35 @@ def _fixed(space: WidthSpace, patterns: Sequence[str]) -> set[str]:
                              f'{nearest(pattern, space.searchable)}')
         fixed.update(found)
     return fixed
+
+
+def growth(space: WidthSpace, macs: float, fix: Sequence[str] = (), squeezes: Collection[str] = ()) -> float:
+    """The one factor of all widths that are searched at which a network has some multiple of the base MACs.
+
+    Section 4.1 of CafeNet searches the 1.0x EfficientNet-B0 in a supernet of 1.5x MACs "from uniform width scaling".
+
+    Args:
+        space: The width space of the model.
+        macs: The multiple, at least 1.
+        fix: As for `make_grid`.
+        squeezes: As for `make_grid`.
+
+    Raises:
+        UsageError: The multiple is below 1, or more than widths may grow.
+    """
+    cost, fixed = Macs(space), {*squeezes, *_fixed(space, fix)}
+    groups = [g for name, g in space.searchable.items() if name not in fixed]
+
+    def times(factor: float) -> float:
+        return cost({g.name: g.unit * max(math.floor(factor * g.steps + 0.5), 1) for g in groups}) / cost()
+
+    if not 1 <= macs <= times(MAX_GROWTH):
+        raise UsageError(f'--supernet-macs {macs:g} must be from 1 to {times(MAX_GROWTH):.4g}: widths grow to {MAX_GROWTH} times')
+    low, high = 1., float(MAX_GROWTH)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if times(middle) <= macs else (low, middle)
+    return low
 
 
 def squeezes(model: nn.Module, space: WidthSpace) -> set[str]:

@@ -1,12 +1,14 @@
 """Scores for a policy: of the shared network at widths, and of networks trained briefly by themselves, on the holdout."""
 import itertools
 import json
+import numbers
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 from timm.utils import distribute_bn, random_seed
 from torch import nn
@@ -17,7 +19,7 @@ from .engine import batch_statistics, is_primary, of_primary, score
 from .policies.base import Choice, PolicyError, Score
 from .supernet import recalibrate
 
-__all__ = ['Holdout', 'Journal']
+__all__ = ['Holdout', 'Journal', 'runs']
 
 CALIBRATION = 5  # batches: AutoSlim's bn_cal_batch_num
 KEPT_BYTES = 2 << 30  # a holdout of at most this is decoded once
@@ -63,6 +65,14 @@ class Journal:
         return self.known[name]
 
 
+def runs(indices: Sequence[int]) -> list[list[int]]:
+    """Ascending indices as runs [first, length], which are few where bins of channels are kept."""
+    indices = np.asarray(indices, dtype=np.int64)
+    starts = np.flatnonzero(np.diff(indices, prepend=indices[:1] - 2) != 1)
+    lengths = np.diff(starts, append=len(indices))
+    return [[first, length] for first, length in zip(indices[starts].tolist(), lengths.tolist())]
+
+
 class Holdout:
     """What `Policy.choose` is given (see `policies.base.Evaluate`).
 
@@ -93,15 +103,15 @@ class Holdout:
 
     def __call__(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str] = (),
             batches: Optional[int] = None,
             statistics: str = 'batch',
     ) -> Score:
         if self.network is None:
             raise PolicyError('a policy without a train_step has no shared network to evaluate: use evaluate.alone')
-        widths = {name: int(w) for name, w in widths.items()}
-        return self._recall(['shared', widths, list(skips), batches, statistics],
+        key = {name: int(w) if isinstance(w, numbers.Integral) else runs(w) for name, w in widths.items()}
+        return self._recall(['shared', key, list(skips), batches, statistics],
                             lambda: self._shared(widths, skips, batches, statistics))
 
     def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
@@ -117,7 +127,7 @@ class Holdout:
 
     def _shared(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str],
             batches: Optional[int],
             statistics: str,

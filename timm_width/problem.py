@@ -14,7 +14,7 @@ from .cost import Cost, Macs, Params
 from .data import UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
 from .factors import Factors
-from .grids import make_grid, squeezes
+from .grids import growth, make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
 from .resize import resize
@@ -39,7 +39,7 @@ class Problem:
     """What is searched, or what a policy learns on.
 
     Attributes:
-        args: The flags.
+        args: The flags; --width-max is what --supernet-macs comes to.
         train: Images to train on.
         held: Images that training never sees: the validation images, or while a policy learns, its holdout.
         targets: Class of every image of the training split.
@@ -133,6 +133,10 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
     make_optimizer(model, args, max(args.epochs, 1), 1)  # refuses flags that are wrong, before anything is written
     space = trace(model, config['input_size'])
     fixed = () if args.search_se else squeezes(model, space)
+    if args.supernet_macs:
+        if args.width_max is not None:
+            raise UsageError('--width-max and --supernet-macs both say how wide the largest network is: give one')
+        args = Namespace(**{**vars(args), 'width_max': growth(space, args.supernet_macs, args.fix, fixed)})  # not the caller's
     grids: dict[str, Grid] = {}
     low, high = args.width_min, args.width_max
     for policy, rule in rules.items():

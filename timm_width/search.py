@@ -29,7 +29,8 @@ from tqdm import tqdm
 from . import policies
 from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, flags_given, write_args
 from .budget import Budget
-from .config import SUFFIX, fingerprint, load_spec, save
+from .config import SUFFIX, digest, fingerprint, load_spec, save
+from .cost import Macs
 from .data import DEFAULTS, UsageError, mixes
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
 from .grids import GRIDS
@@ -37,7 +38,7 @@ from .holdout import Holdout, Journal
 from .latency.sampling import LEAST_SAMPLES
 from .losses import resolve_loss
 from .models import supported
-from .policies.base import Choice
+from .policies.base import Choice, Grid
 from .problem import Problem, learning_problem, make_problem, parse_proxy, set_budgets
 from .report import METRICS, metric_name, print_table, write_table
 from .space import MAX_GROWTH
@@ -56,7 +57,7 @@ __all__ = ['main', 'parse', 'search']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
                  'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
-                 'latency_threads': (1, None), 'latency_samples': (LEAST_SAMPLES, None)}
+                 'latency_threads': (1, None), 'latency_samples': (LEAST_SAMPLES, None), 'supernet_macs': (1, None)}
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
                    'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
@@ -102,6 +103,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
         f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
     group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
     group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
+    group.add_argument('--supernet-macs', type=float, metavar='RATIO',
+                       help='instead of --width-max: the one share of all base widths that has so many times the base MACs')
     group.add_argument('--width-divisor', type=int, metavar='N', help="step of the widths (default: the grid's, mostly 8)")
     group.add_argument('--fix', action='extend', nargs='+', default=[], metavar='PATTERN',
                        help="groups that keep their width, as in 'conv_*'")
@@ -179,8 +182,23 @@ def _check(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> None:
 # -- one policy ------------------------------------------------------------------------------------------------------------
 
 
-def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]:
-    """Lets a policy learn and choose, on a problem without validation images.
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What was chosen for a budget.
+
+    Attributes:
+        choice: The network.
+        grid: What it was chosen from: of several stages, that of the last.
+        source: The shared network whose channels it is made of, if these are not the first ones: its digest, `of`, and its
+            `file` in the folder of the search.
+    """
+    choice: Choice
+    grid: Grid
+    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def choose(problem: Problem, name: str, policy: policies.Policy) -> list[_Answer]:
+    """Lets a policy learn and choose, on a problem without validation images; and those that follow it.
 
     Args:
         problem: What it learns on.
@@ -190,10 +208,21 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     Returns:
         One network for each budget of the problem.
     """
+    found = _choose_once(problem, name, policy)
+    for i, after in enumerate(policy.following([answer.choice for answer in found])):
+        label, stage = f'{name}.{_folder_name(after.budgets[0].text)}', 2
+        while after is not None:
+            part = dataclasses.replace(problem, grid=after.grid, budgets=tuple(after.budgets))
+            [found[i]] = _choose_once(part, f'{label}.{stage}', after)
+            after, stage = next(iter(after.following([found[i].choice])), None), stage + 1
+    return found
+
+
+def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[_Answer]:
     args, state = problem.args, Path(problem.args.output) / 'search'
     warmup = min(args.warmup_epochs, args.search_epochs / 5)
     training, held = problem.training_batches(), problem.held_batches()
-    network = None
+    network, source = None, {}
     if policy.trains():
         model, space = problem.largest(args.seed)
         shared = policy.prepare(model, space)
@@ -201,6 +230,8 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
         trained = Training(shared, training, args, args.search_epochs, f'search ({name})', warmup, policy.train_step,
                            list(policy.parameters()))
         network = trained.run(state / f'{name}.pth.tar', _after_epoch(args, name, policy), policy)
+        weights = {n.removeprefix('model.'): t for n, t in network.state_dict().items()}
+        source = {'of': digest(weights), 'file': f'{state.name}/{name}.pth.tar'}
 
     def train(choice: Choice) -> nn.Module:
         return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', warmup).run()
@@ -213,11 +244,23 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Choice]
     with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
         found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
     _say_notes(args, name, policy)
-    found = [Choice({name: int(w) for name, w in widths.items()}, tuple(skips)) for widths, skips in found]
-    for choice, budget in zip(found, problem.budgets, strict=True):
+    choices = [_checked(problem, name, c) for c in found]
+    for choice, budget in zip(choices, policy.goals, strict=True):
         if not budget.met(*choice):
             raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
-    return found
+    return [_Answer(choice, problem.grid, source if choice.channels else {}) for choice in choices]
+
+
+def _checked(problem: Problem, name: str, found: Choice) -> Choice:
+    """An answer in Python's own numbers, which JSON holds; with as many channels as its widths say."""
+    widths, skips = found
+    channels = {n: tuple(int(i) for i in kept) for n, kept in getattr(found, 'channels', {}).items()}
+    choice = Choice({n: int(w) for n, w in widths.items()}, tuple(skips), channels)
+    for n, kept in choice.channels.items():
+        if len(kept) * problem.space[n].unit != choice.widths.get(n, problem.space[n].size):
+            raise policies.PolicyError(f"policy {name} answered with {len(kept)} steps of '{n}' (of {problem.space[n].unit} "
+                                       f'channels each), whose width is {choice.widths.get(n, problem.space[n].size)}')
+    return choice
 
 
 def _say_notes(args: Namespace, name: str, policy: policies.Policy) -> None:
@@ -271,19 +314,23 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
     learning = learning_problem(problem)
     measuring = needs_measuring(args)
     if measuring:
-        check_measurable(args, target, problem.space, rules[name])
+        check_measurable(problem.args, target, problem.space, rules[name])
     check_kept(args, target, [label for label, policy in found.items() if policy.learns_budget])
     if is_primary(args):
         _prepare_output(args, output)
         keep_model(args, target)
     wait_for_all(args)
     if measuring:
-        target = build_target(args, target, problem.space, rules[name])
+        target = build_target(problem.args, target, problem.space, rules[name])
         problems = set_budgets(plain, target)
         problem = problems[name]
         learning = dataclasses.replace(learning, budgets=problem.budgets, latency=problem.latency)
     say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
                f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
+    if args.supernet_macs:
+        macs, largest = Macs(problem.space), {n: widths[-1] for n, widths in problem.grid.items()}
+        say(args, f'the largest network has {macs(largest) / macs():.4f}x the base MACs: all widths searched are '
+                  f'{problem.args.width_max:.4f}x, rounded')
     try:
         return _run(args, problems, learning, found, options, name, target), target
     except KeyboardInterrupt:
@@ -301,17 +348,18 @@ def _run(
 ) -> list[dict[str, Any]]:
     """The search, once it has a folder to write to."""
     problem, output = problems[name], Path(args.output)
-    chosen = {}
+    chosen: dict[str, list[_Answer]] = {}
     for policy in dict.fromkeys([name, *(b for b in map(policies.label, args.baselines) if b != BASE)]):
         grid = problems[policy].grid
         chosen[policy] = choose(dataclasses.replace(learning, grid=grid), policy, found[policy](
             problem.space, problem.budgets, grid, options[policy], args.seed))
-    entries = list(_entries(args, problem, name, chosen))
+    entries = list(_entries(args, problem, name, {policy: [a.choice for a in answers] for policy, answers in chosen.items()}))
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
     for row, (ms, spread) in zip(rows, _times(problem, entries, target)):
         row['latency_ms'], row['latency_spread'] = ms, spread
-    provenance = {e.budget.text: _provenance(problem, args.grid or found[name].default_grid, options[name], row, target)
-                  for e, row in zip(entries, rows) if e.name == 'found'}
+    rule, of_found = args.grid or found[name].default_grid, [row for e, row in zip(entries, rows) if e.name == 'found']
+    provenance = {row['budget']: _provenance(problem, rule, options[name], row, target, answer)
+                  for row, answer in zip(of_found, chosen[name], strict=True)}
     if is_primary(args):
         for e in entries:
             if e.name != 'found':
@@ -460,17 +508,21 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     beside.replace(path)
 
 
-def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any], target: Target) -> dict[str, Any]:
+def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any], target: Target,
+                answer: _Answer) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
         **target.describe(), 'ms': row['latency_ms'], 'spread': row['latency_spread']}}
     if row.get('predicted_ms', '') != '':
         costs['latency_ms'] |= {'predicted': row['predicted_ms'], 'model': target.told()}
+    kept = {n: list(steps) for n, steps in answer.choice.channels.items()}
+    channels = {'channels': {**answer.source, 'kept': kept}} if kept else {}  # what train --inherit cuts from the shared network
     return {
         'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
-        'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in problem.grid.items()}},
+        'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in answer.grid.items()}},
         'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
-        'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs}
+        'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs,
+        **channels}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from timm.models import clean_state_dict, load_state_dict
 from torch import nn
 
-from .config import SUFFIX, ConfigError, Spec, load_spec
+from .config import SUFFIX, ConfigError, Spec, digest, load_spec
 from .data import UsageError, first_line
 from .engine import create, model_arguments
 from .models import register
@@ -79,14 +79,15 @@ def load_start(model: nn.Module, args: Namespace) -> None:
         UsageError: It is missing, or does not fit the model.
     """
     if args.finetune_from:
-        _load(model, _weights(_file_of(args.finetune_from), '--finetune-from'), '--finetune-from', args.finetune_from)
+        _load(model, _weights(_file_of(args.finetune_from), '--finetune-from')[0], '--finetune-from', args.finetune_from)
     if args.inherit:
         _load(model, _cut(model, args), '--inherit', args.inherit)
 
 
 def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
-    """The weights of a shared network, or of the base, at the widths of the model."""
-    weights = _weights(_file_of(args.inherit), '--inherit')
+    """The weights of a shared network, or of the base, at the widths of the model; the channels that its search found best."""
+    weights, shared = _weights(_file_of(args.inherit), '--inherit')
+    keep = _channels(args, weights) if shared and not args.importance else None
     base = (model.pretrained_cfg.get('architecture') or args.model).removesuffix(SUFFIX)
     built = dict(getattr(model, '_model_args', {}))
     widths, skips = built.get('widths') or {}, tuple(built.get('skips') or ())
@@ -98,11 +99,44 @@ def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
         sizes = {name: space[name].size for name in space.searchable}
         resize(source, space, widths_from(weights, space))
         source.load_state_dict(weights)
-        resize(source, trace(source), {**sizes, **widths}, skips, importance=args.importance)
+        space = trace(source)
+        if not keep:
+            resize(source, space, {**sizes, **widths}, skips, importance=args.importance)
     except (WidthError, RuntimeError, TypeError) as e:
-        raise UsageError(f"--inherit '{args.inherit}' is no checkpoint of {base}: " + ' '.join(
-            line.strip() for line in str(e).splitlines()[:2])) from None
+        raise UsageError(f"--inherit '{args.inherit}' is no checkpoint of {base}: {_two_lines(e)}") from None
+    if keep:
+        try:
+            resize(source, space, {**sizes, **widths}, skips, keep=keep)
+        except (WidthError, TypeError, ValueError) as e:
+            raise UsageError(f"'channels' in the config of {_config_flag(args)}: {_two_lines(e)}") from None
     return source.state_dict()
+
+
+def _channels(args: Namespace, weights: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[int]]:
+    """The channels that the search found best, of the shared network that it scored; none, if these are the first ones.
+
+    Raises:
+        UsageError: They are of another shared network: that of another stage, of a baseline, or of another search.
+    """
+    said = provenance_of(args).get('channels')
+    if said is None:
+        return {}
+    if not isinstance(said, Mapping) or not isinstance(said.get('kept'), Mapping) or not isinstance(said.get('of'), str):
+        raise UsageError(f"'channels' in the config of {_config_flag(args)}: it must be a dict of 'of', the digest of a shared "
+                         "network, 'file', and 'kept', group name -> indices")
+    if (found := digest(weights)) != said['of']:
+        raise UsageError(f"--inherit '{args.inherit}' is not the shared network that the channels of {_config_flag(args)} are of "
+                         f"({found}, not {said['of'][:80]}): give {str(said.get('file', ''))[:200]} of that search, or "
+                         '--importance to choose other channels')
+    return said['kept']
+
+
+def _config_flag(args: Namespace) -> str:
+    return f'--widths {args.widths}' if args.widths else f'--model {args.model}'
+
+
+def _two_lines(e: Exception) -> str:
+    return ' '.join(line.strip() for line in str(e).splitlines()[:2])
 
 
 def _classifiers(model: nn.Module) -> Sequence[str]:
@@ -144,8 +178,8 @@ def _file_of(path: str) -> Path:
     return found
 
 
-def _weights(path: Path, flag: str) -> dict[str, torch.Tensor]:
-    """A state dict: averaged weights before others; of a search's shared network, the model in it."""
+def _weights(path: Path, flag: str) -> tuple[dict[str, torch.Tensor], bool]:
+    """A state dict: averaged weights before others; of a search's shared network, the model in it. And whether it is such a one."""
     if not path.is_file():
         raise UsageError(f"{flag} '{path}' is " + ('a folder without weights' if path.is_dir() else 'not there'))
     try:
@@ -153,9 +187,9 @@ def _weights(path: Path, flag: str) -> dict[str, torch.Tensor]:
     except Exception:  # timm's hold a Namespace, others are no pickles: timm reads them
         found = None
     if isinstance(found, dict) and 'network' in found:
-        return {k.removeprefix('model.'): v for k, v in (found.get('ema') or found['network']).items()}
+        return {k.removeprefix('model.'): v for k, v in (found.get('ema') or found['network']).items()}, True
     try:
-        return clean_state_dict(load_state_dict(str(path), use_ema=True))
+        return clean_state_dict(load_state_dict(str(path), use_ema=True)), False
     except Exception as e:  # unpickling fails in many ways
         reason = first_line(e)
         raise UsageError(f"{flag} '{path}' cannot be read: {reason}") from None

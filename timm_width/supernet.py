@@ -212,6 +212,7 @@ class Supernet(nn.Module):
             widths: Optional[Mapping[str, Width]] = None,
             gates: Optional[Mapping[str, torch.Tensor]] = None,
             skips: Sequence[str] = (),
+            statistics: Optional[dict[str, tuple[torch.Tensor, Cuts]]] = None,
     ) -> torch.Tensor:
         """Runs the model at widths.
 
@@ -222,6 +223,8 @@ class Supernet(nn.Module):
             gates: Group -> factors of the outputs of the normalisations that govern it, before their activations: one per step
                 of the group, or per step kept; or a row of them for each image.
             skips: Residual blocks to leave out.
+            statistics: An empty dict, for the running statistics that this call would update in training mode: the model's stay
+                as they are, until `keep` is given the dict.
 
         Returns:
             The model's output.
@@ -230,7 +233,15 @@ class Supernet(nn.Module):
             WidthError: Widths, gates or skips do not fit the model.
         """
         plan = self._plan({} if widths is None else widths, skips)
-        return self._run(x, plan, gates or {}, skips, keep_statistics=torch.is_grad_enabled())
+        if statistics is None:
+            return self._run(x, plan, gates or {}, skips, keep_statistics=torch.is_grad_enabled())
+        return self._run(x, plan, gates or {}, skips, False, statistics)
+
+    def keep(self, statistics: Mapping[str, tuple[torch.Tensor, Cuts]]) -> None:
+        """Takes over the running statistics that a call put into a dict."""
+        modules = dict(self.model.named_modules())
+        for name, (buffer, cuts) in statistics.items():
+            _put(_tensor(modules, name).data, buffer, cuts)
 
     def extra_repr(self) -> str:
         return f'{len(self.space.searchable)} searchable groups, {len(self.space.blocks)} blocks that can be skipped'
@@ -346,6 +357,7 @@ class Supernet(nn.Module):
             gates: Mapping[str, torch.Tensor],
             skips: Sequence[str],
             keep_statistics: bool,
+            statistics: Optional[dict[str, tuple[torch.Tensor, Cuts]]] = None,
     ) -> torch.Tensor:
         modules = dict(self.model.named_modules())
         training = [name for name, m in modules.items() if m.training]
@@ -361,6 +373,8 @@ class Supernet(nn.Module):
                     if buffer is not None:
                         name = f'{path}.{leaf}' if path else leaf
                         tensors[name] = tensors.get(name, buffer).clone()
+                        if statistics is not None:
+                            statistics[name] = tensors[name], plan.buffers.get(name, ())
         for name, others in self._tied.items():
             if name in tensors:
                 tensors.update(dict.fromkeys(others, tensors[name]))

@@ -1,4 +1,4 @@
-"""The `<base>_width` models; importing this package registers them with timm."""
+"""The `<base>_width` models, and a base that timm does not have; importing this package registers them with timm."""
 from .width_nets import is_supported, register, supported
 
 __all__ = ['is_supported', 'register', 'supported']

@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import numpy as np
 import torch
@@ -29,10 +30,39 @@ class PolicyError(ValueError):
     """An unknown policy, or options that it cannot work with."""
 
 
-class Choice(NamedTuple):
-    """A network: what a policy answers with."""
+class _Network(NamedTuple):
     widths: Mapping[str, int]
     skips: tuple[str, ...] = ()
+
+
+class Choice(_Network):
+    """A network: what a policy answers with. It is equal to another of the same widths and skips, and unpacks as these two.
+
+    Attributes:
+        widths: Group -> channels.
+        skips: Residual blocks left out.
+        channels: Group -> ascending indices of the steps (ids) of the shared network that it is made of, as `Supernet` takes
+            them; of groups left out, the first ones.
+    """
+    channels: Mapping[str, Sequence[int]] = MappingProxyType({})  # of one that `_make` or `_replace` gives
+
+    def __new__(
+            cls,
+            widths: Mapping[str, int],
+            skips: tuple[str, ...] = (),
+            channels: Optional[Mapping[str, Sequence[int]]] = None,
+    ) -> 'Choice':
+        self = super().__new__(cls, widths, skips)
+        if channels is not None:
+            self.channels = channels
+        return self
+
+    def _replace(self, **kwargs: Any) -> 'Choice':
+        """Another network of the same channels, unless its widths are others."""
+        found = super()._replace(**kwargs)
+        if 'widths' not in kwargs:
+            found.channels = self.channels
+        return found
 
 
 class Score(NamedTuple):
@@ -51,7 +81,7 @@ class Evaluate(Protocol):
 
     def __call__(
             self,
-            widths: Mapping[str, int],
+            widths: Mapping[str, Union[int, Sequence[int]]],
             skips: Sequence[str] = (),
             batches: Optional[int] = None,
             statistics: str = 'batch',
@@ -59,7 +89,8 @@ class Evaluate(Protocol):
         """The trained shared network at widths.
 
         Args:
-            widths: Group -> channels.
+            widths: Group -> channels, the first ones; or the ascending indices of the steps (ids) to keep, as `Supernet` takes
+                them.
             skips: Residual blocks to leave out.
             batches: Number of batches of the holdout, always the same ones; by default all.
             statistics: Of batch norms: 'batch' (of the images being scored), 'recalibrated' (estimated for these widths on
@@ -189,6 +220,19 @@ class Policy(ABC):
     def evaluations(self) -> int:
         """About how often `choose` will ask for a score: for the progress bar."""
         return 0
+
+    @property
+    def goals(self) -> Sequence[Budget]:
+        """What the answers of `choose` meet: the budgets; or, where others follow, those of this stage."""
+        return self.budgets
+
+    def following(self, found: Sequence[Choice]) -> Sequence['Policy']:
+        """The policies that go on from what `choose` has found, each with a training of its own, within its own grid.
+
+        Returns:
+            One for each budget, for this budget alone; none if `found` are the answers.
+        """
+        return ()
 
     @abstractmethod
     def choose(self, evaluate: Evaluate) -> Sequence[Choice]:
