@@ -20,7 +20,7 @@ from typing import Iterable, Mapping, Sequence, Union
 import numpy as np
 import torch
 
-from .factors import Factors, Grid
+from .factors import Factors, Grid, sum_terms
 from .space import MAX_GROWTH, Axis, WidthError, WidthSpace
 
 __all__ = ['Cost', 'CostError', 'Macs', 'Params', 'Polynomial']
@@ -198,27 +198,22 @@ class Polynomial(Cost):
         order = {g: i for i, g in enumerate(steps)}
         names = [g.name for g in self.space.groups]
         self.space.check({}, skips)
-        constant: int = 0
-        tables: dict[tuple[int, ...], np.ndarray] = {}
+        terms = []
         for c, key, owner in zip(self._kept(skips), self._keys, self._owners):
             c = int(c)
             if c == 0:
                 continue
             free = sorted({g for g in key if g in steps}, key=order.get)
             c *= math.prod(int(self._base[g]) for g in key if g not in steps)
-            if not free:
-                constant += c
-                continue
             if len(free) > 2:
                 raise CostError(f"{self.space.architecture}: {self.unit} of '{owner}' have a term over {len(free)} groups "
                                 f"({' x '.join(names[g] for g in free)}), and a sum of tables over two groups each is needed: "
                                 'keep the width of one of them')
-            table = c * steps[free[0]] ** key.count(free[0])
-            if len(free) == 2:
-                table = np.multiply.outer(table, steps[free[1]] ** key.count(free[1]))
-            tables[tuple(free)] = tables.get(tuple(free), 0) + table
-        return Factors(grid, constant, {names[k[0]]: t for k, t in tables.items() if len(k) == 1},
-                       {(names[k[0]], names[k[1]]): t for k, t in tables.items() if len(k) == 2})
+            table = c
+            for g in free:
+                table = np.multiply.outer(table, steps[g] ** key.count(g))
+            terms.append(([names[g] for g in free], table))
+        return sum_terms(grid, terms)
 
     def _steps(self, name: str, widths: Sequence[int]) -> np.ndarray:
         for w in widths:

@@ -1,11 +1,11 @@
 """A sum of tables over a grid of widths, each over at most two groups: what every cost becomes for a solver."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Union
 
 import numpy as np
 
-__all__ = ['Factors', 'Grid', 'random_widths']
+__all__ = ['Factors', 'Grid', 'random_widths', 'sum_terms']
 
 Grid = Mapping[str, Sequence[int]]  # group -> widths, ascending
 Number = Union[int, float]
@@ -46,6 +46,28 @@ class Factors:
         total = self.constant + sum(t[at[g]] for g, t in self.unary.items()) + sum(
             t[at[a], at[b]] for (a, b), t in self.pairwise.items())
         return total.item() if isinstance(total, np.generic) else total
+
+
+def sum_terms(grid: Grid, terms: Iterable[tuple[Sequence[str], Union[Number, np.ndarray]]], constant: Number = 0) -> Factors:
+    """Adds up terms, of which several may be over the same groups.
+
+    Args:
+        grid: Group -> widths, ascending.
+        terms: (groups, table): none, one or two groups of the grid, in any order, and a table with a dimension for each.
+        constant: What to begin with.
+    """
+    order = {name: i for i, name in enumerate(grid)}
+    unary, pairwise = {}, {}
+    for groups, table in terms:
+        if not groups:
+            constant += table.item() if isinstance(table, (np.ndarray, np.generic)) else table
+        elif len(groups) == 1:
+            unary[groups[0]] = unary.get(groups[0], 0) + table
+        else:
+            a, b = groups
+            pair, table = ((a, b), table) if order[a] < order[b] else ((b, a), table.T)
+            pairwise[pair] = pairwise.get(pair, 0) + table
+    return Factors(grid, constant, unary, pairwise)
 
 
 def random_widths(grid: Grid, rng: np.random.Generator) -> dict[str, int]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .cost import Cost, Distribution, Width, check_distributions, check_names
-from .factors import Factors, Grid
+from .factors import Factors, Grid, sum_terms
 from .space import WidthError, WidthSpace
 
 __all__ = ['Tables']
@@ -66,28 +66,15 @@ class Tables(Cost):
             for w in widths:
                 self.space.check({name: w})
                 self._check({name: w}, ())
-        order = {name: i for i, name in enumerate(grid)}
         at = {name: torch.stack([self._weights(name, w) for w in grid.get(name, [self.space[name].size])]).numpy()
               for name in self.tables.grid}  # (widths of the grid, widths of the tables)
-        constant, unary, pairwise = float(self.tables.constant), {}, {}
-
-        def add(names: tuple[str, ...], table: np.ndarray) -> None:
-            """Adds a table, of which groups outside the grid have length 1."""
-            nonlocal constant
-            free = tuple(sorted((n for n in names if n in order), key=order.get))
-            table = table.reshape([len(grid[n]) for n in names if n in order])
-            if not free:
-                constant += float(table)
-            elif len(free) == 1:
-                unary[free[0]] = unary.get(free[0], 0) + table
-            else:
-                pairwise[free] = pairwise.get(free, 0) + (table if free == names else table.T)
-
-        for name, table in self.tables.unary.items():
-            add((name,), at[name] @ np.asarray(table, dtype=np.float64))
-        for (a, b), table in self.tables.pairwise.items():
-            add((a, b), at[a] @ np.asarray(table, dtype=np.float64) @ at[b].T)
-        return Factors(grid, constant, unary, pairwise)
+        moved = [((name,), at[name] @ np.asarray(table, dtype=np.float64)) for name, table in self.tables.unary.items()]
+        moved += [((a, b), at[a] @ np.asarray(table, dtype=np.float64) @ at[b].T) for (a, b), table in self.tables.pairwise.items()]
+        terms = []
+        for names, table in moved:  # groups outside the grid have length 1
+            free = [n for n in names if n in grid]
+            terms.append((free, table.reshape([len(grid[n]) for n in free])))
+        return sum_terms(grid, terms, float(self.tables.constant))
 
     def show(self, value: Union[int, float]) -> str:
         return f'{value:.4g} {self.unit}'

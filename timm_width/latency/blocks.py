@@ -15,7 +15,7 @@ from torch import nn
 
 from ..cost import CostError
 from ..data import UsageError
-from ..factors import Factors, Grid
+from ..factors import Factors, Grid, sum_terms
 from ..resize import resize
 from ..space import WidthSpace, nearest
 from .terms import Term, make_term, scope_of
@@ -92,19 +92,13 @@ def block_tables(model: nn.Module, space: WidthSpace, grid: Grid, blocks: Mappin
         return known[key]
 
     rest = measure(model, space.input_size) - sum(milliseconds(name, {}) for name in blocks)
-    constant, unary, pairwise = rest, {}, {}
+    terms = []
     for name, term in blocks.items():
         groups = tuple(g for g in grid if g in term.groups)
         levels = [grid[g] for g in groups]
         table = np.array([milliseconds(name, dict(zip(groups, point))) for point in product(*levels)])
-        table = table.reshape([len(level) for level in levels])
-        if not groups:
-            constant += table.item()
-        elif len(groups) == 1:
-            unary[groups[0]] = unary.get(groups[0], 0) + table
-        else:
-            pairwise[groups] = pairwise.get(groups, 0) + table
-    return Factors(grid, constant, unary, pairwise)
+        terms.append((groups, table.reshape([len(level) for level in levels])))
+    return sum_terms(grid, terms, rest)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from ..cost import CostError
-from ..factors import Factors, Grid
+from ..factors import Factors, Grid, sum_terms
 from ..space import Axis, Site, WidthSpace
 
 __all__ = ['Term', 'Unknowns', 'find_terms', 'make_term', 'scope_of']
@@ -183,16 +183,4 @@ class Unknowns:
 
     def factors(self, values: np.ndarray) -> Factors:
         """The terms as tables over the grid, with a value for each unknown."""
-        order = {name: i for i, name in enumerate(self.grid)}
-        constant, unary, pairwise = 0., {}, {}
-        for term, index in zip(self.terms, self.index):
-            table = values[index]
-            if not term.groups:
-                constant += float(table)
-            elif len(term.groups) == 1:
-                unary[term.groups[0]] = unary.get(term.groups[0], 0) + table
-            else:
-                a, b = term.groups
-                pair, table = ((a, b), table) if order[a] < order[b] else ((b, a), table.T)
-                pairwise[pair] = pairwise.get(pair, 0) + table
-        return Factors(self.grid, constant, unary, pairwise)
+        return sum_terms(self.grid, ((term.groups, values[index]) for term, index in zip(self.terms, self.index)), 0.)
