@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import RunnerError
 
-__all__ = ['BRIEF', 'LOOP', 'MAX_SPREAD', 'PRESETS', 'Timing', 'time_calls']
+__all__ = ['BRIEF', 'LOOP', 'MAX_SPREAD', 'PRESETS', 'Timing', 'middle_of', 'time_calls']
 
 PERCENTILES = (5, 20, 50, 80, 95, 99)
 MAX_SPREAD = 0.1
@@ -174,6 +174,13 @@ def time_calls(
 
 
 LOOP: dict[str, Any] = {k: v for k, v in time_calls.__kwdefaults__.items() if k != 'batch'}  # its options, and their defaults
+
+
+def middle_of(builds: Sequence[Timing]) -> Timing:
+    """The timing that counts, of several engines built from one network: the middle one."""
+    ordered = sorted(builds, key=lambda t: t.batch_ms)
+    told = tuple(t.batch_ms for t in ordered) if len(ordered) > 1 else ()
+    return dataclasses.replace(ordered[(len(ordered) - 1) // 2], builds=told)
 
 
 def _worst(timings: Mapping[str, Timing]) -> float:

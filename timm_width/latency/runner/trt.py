@@ -12,7 +12,7 @@ import numpy as np
 
 from .base import Backend, Check, Graph, as_runner_error, check_device, check_outputs, inspect, make_inputs
 from .errors import RunnerError
-from .timing import Timing, time_calls
+from .timing import Timing, middle_of, time_calls
 
 __all__ = ['TensorRT']
 
@@ -94,9 +94,7 @@ class TensorRT(Backend):
             with ExitStack() as stack:
                 calls = {str(i): stack.enter_context(self.prepare(model, batch, (checks or {}).get(name)))
                          for i in range(self.engines)}
-                timings = sorted(time_calls(calls, batch=size, **self.loop(loop)).values(), key=lambda t: t.batch_ms)
-            middle = timings[(len(timings) - 1) // 2]
-            found[name] = Timing(**{**vars(middle), 'builds': tuple(t.batch_ms for t in timings)})
+                found[name] = middle_of(list(time_calls(calls, batch=size, **self.loop(loop)).values()))
         return found
 
     @contextmanager

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
 from .base import Backend, Check, check_device, first_line, inspect
 from .errors import RunnerError
-from .timing import LOOP, Timing
+from .timing import LOOP, Timing, middle_of
 from .trtexec_log import GPU, parse_json, parse_log
 
 __all__ = ['Trtexec', 'command']
@@ -164,11 +165,8 @@ class Trtexec(Backend):
                         **engine, **self.given), files['json'], next(iter(shapes.values()))[0], max_spread)
                     made += 1
                     best = found if best is None or found.spread < best.spread else best
-                timings.append((best, made))
-        timings.sort(key=lambda t: t[0].batch_ms)
-        middle, made = timings[(len(timings) - 1) // 2]
-        builds = tuple(t.batch_ms for t, _ in timings) if len(timings) > 1 else ()
-        return Timing(**{**vars(middle), 'attempts': made, 'builds': builds})
+                timings.append(replace(best, attempts=made))
+        return middle_of(timings)
 
     def _run(self, line: Sequence[str], times: str, batch: int, max_spread: float) -> Timing:
         """Runs it once: the median that it prints, the rest of the times that it wrote."""
