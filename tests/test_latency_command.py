@@ -19,6 +19,7 @@ from timm_width.latency import build
 from timm_width.latency.bundle import Order, export_bundle
 from timm_width.latency.fit import fit_results, space_of
 from timm_width.latency.model import LatencyModel
+from timm_width.latency.runner.base import Backend
 from timm_width.latency.runner.manifest import read_manifest
 from timm_width.latency.runner.results import Results
 from timm_width.latency.sampling import networks_to_time
@@ -171,6 +172,8 @@ def test_wrong_flags_of_fit_are_refused(measured, bundle, tmp_path, monkeypatch,
 def quick(monkeypatch):
     """Times that are measured, but not for long."""
     monkeypatch.setattr(build, 'BRIEF', QUICK)
+    for backend in (build._Torch, Backend):
+        monkeypatch.setattr(backend, 'brief', QUICK)
     monkeypatch.setattr(build, 'FIRST', 60)
     monkeypatch.setattr(build, 'DRAWN', 80)
     monkeypatch.setattr(build, 'BLOCK_SAMPLES', 3)
@@ -213,7 +216,7 @@ def test_measuring_ends_when_more_does_not_help(monkeypatch, tmp_path, bundle, m
     asked = []
 
     class Known:
-        precision = 'fp32'
+        precision, brief = 'fp32', {}
 
         def describe(self):
             return {'backend': 'onnxruntime', 'device': 'a CPU of nowhere', 'threads': 1}

@@ -1,5 +1,4 @@
 """What a search times networks by: this machine, or the latency model of another."""
-import json
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -216,7 +215,7 @@ def check_kept(args: Namespace, target: Target, learned: Sequence[str]) -> None:
     """
     if target.model is None or not learned or not args.resume or not _built(args).is_file():
         return
-    if LatencyModel.load(_built(args)).to_json() != json.loads(json.dumps(target.model.to_json())):
+    if LatencyModel.load(_built(args)).to_json() != target.model.to_json():
         raise UsageError(f"--resume '{args.resume}': {learned[0]} was trained by the latency model in '{_built(args)}', and "
                          f"'{args.latency_model}' is another: it needs another --output")
 

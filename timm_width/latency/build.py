@@ -84,7 +84,7 @@ def build_latency_model(
         manifest = _Networks(manifest.folder, manifest.fingerprint, manifest.data, manifest.configurations, space)
     results, best, count = folder / 'results.jsonl', None, min(FIRST, samples)
     while True:
-        measure_bundle(manifest, backend, results, {} if device.backend == 'trtexec' else BRIEF, count)
+        measure_bundle(manifest, backend, results, backend.brief, count)
         fit = fit_results(manifest, scan_results(results, manifest), space)
         say(f"{count} networks measured: {fit.model.validation}; {fit.model.about['unknowns']} unknowns")
         if best is not None:
@@ -182,6 +182,7 @@ def _short(value: Any) -> str:
 
 class _Torch:
     """PyTorch in the place of a backend of the runner: it times modules, not files."""
+    brief = BRIEF
 
     def __init__(self, device: Device):
         self.device, self.precision = device, device.precision
