@@ -207,7 +207,8 @@ def test_measure_does_the_three_steps_and_goes_on_after_a_kill(quick, tmp_path, 
     assert cli.main([*command, '--overwrite', '--threads', '2']) == 2
     assert 'holds networks measured with threads 1, and not 2' in capsys.readouterr().err
     assert cli.main([*command, '--overwrite', '--samples', '76']) == 0  # measures more
-    assert LatencyModel.load(tmp_path / 'm.json').about['networks'] > model.about['networks']
+    more = (tmp_path / 'm.bundle' / 'results.jsonl').read_text().splitlines()
+    assert more[:len(after)] == after and len(more) >= len(after) + 6
 
 
 def test_measuring_ends_when_more_does_not_help(monkeypatch, tmp_path, bundle, measured):
