@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from timm_width import search
+from timm_width import search, search_flags
 from timm_width.arguments import OWN, Parser, add_arguments
 from timm_width.commandline import RECIPES as RECIPE_FOLDER
 from timm_width.commandline import make_parser, parse
@@ -60,7 +60,7 @@ def test_search_has_its_flags_from_the_same_definition():
     assert len(wanted) > 100 and {k: FROZEN[k] for k in wanted} == wanted
     args, _ = search.parse(['--policy', 'random', '--budget', 'macs=0.5x', '--output', 'x'])
     other = {k for k, v in wanted.items() if getattr(args, k) != shared.get_default(k)}
-    assert other <= {*search.SEARCH_DEFAULTS}
+    assert other <= {*search_flags.SEARCH_DEFAULTS}
     assert (args.epochs, args.batch_size, args.validation_batch_size, args.sched_on_updates) == (50, 64, 512, True)
 
 

@@ -43,6 +43,7 @@ ORDER = [
     {'latency.build'},
     {'latency.command', 'target'},
     {'problem'},
+    {'choosing', 'search_flags'},
     {'conformance', 'export', 'plots', 'search', 'train'},
     {'cli'},
 ]

@@ -10,7 +10,7 @@ import pytest
 import timm
 
 import timm_width
-from timm_width import cli, policies, search
+from timm_width import choosing, cli, policies
 from timm_width.conformance import PolicyConformance
 
 
@@ -26,11 +26,11 @@ def test_an_answer_has_as_many_channels_as_its_widths_say():
     space = timm_width.trace(timm.create_model('regnetx_002'))
     name = next(n for n, g in space.searchable.items() if g.unit == 8)
     problem = SimpleNamespace(space=space)
-    found = search._checked(problem, 'mine', policies.Choice({name: np.int64(16)}, (), {name: np.array([0, 2])}))
+    found = choosing._checked(problem, 'mine', policies.Choice({name: np.int64(16)}, (), {name: np.array([0, 2])}))
     assert json.loads(json.dumps([found.widths, found.channels])) == [{name: 16}, {name: [0, 2]}]
     for wrong in [0], [0, 1, 2]:
         with pytest.raises(policies.PolicyError, match=f"mine answered with {len(wrong)} steps of '{name}'"):
-            search._checked(problem, 'mine', policies.Choice({name: 16}, (), {name: wrong}))
+            choosing._checked(problem, 'mine', policies.Choice({name: 16}, (), {name: wrong}))
 
 
 class TestUniform(PolicyConformance):

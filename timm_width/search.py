@@ -13,271 +13,38 @@ import json
 import platform
 import re
 import shutil
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
-import yaml
 from torch import nn
-from tqdm import tqdm
 
-from . import policies
-from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, flags_given, write_args
+from . import policies, search_flags
+from .arguments import write_args
 from .budget import Budget
-from .config import SUFFIX, digest, fingerprint, load_spec, save
+from .choosing import Answer, after_epoch, choose, folder_name
+from .config import SUFFIX, fingerprint, load_spec, save
 from .cost import Macs
-from .data import DEFAULTS, UsageError, mixes
+from .data import UsageError
 from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
-from .grids import GRIDS
-from .holdout import Holdout, Journal
-from .latency.sampling import LEAST_SAMPLES
-from .losses import resolve_loss
+from .holdout import Journal
 from .models import supported
-from .policies.base import Choice, Grid
-from .problem import Problem, learning_problem, make_problem, parse_proxy, set_budgets
+from .policies.base import Choice
+from .problem import Problem, learning_problem, make_problem, set_budgets
 from .report import METRICS, metric_name, print_table, write_table
-from .space import MAX_GROWTH
-from .target import (
-    Target,
-    add_target_arguments,
-    build_target,
-    check_kept,
-    check_measurable,
-    find_target,
-    keep_model,
-    needs_measuring,
-)
+from .search_flags import BASE, check_search_arguments, read_args
+from .target import Target, build_target, check_kept, check_measurable, find_target, keep_model, needs_measuring
 
 __all__ = ['main', 'parse', 'search']
 
-SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
-                 'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
-                 'latency_threads': (1, None), 'latency_samples': (LEAST_SAMPLES, None), 'supernet_macs': (1, None)}
-# where a search differs from timm's train.py: several trainings and brief ones should end the same day
-SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
-                   'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
-BASE = 'base'
-BASELINES = [BASE, 'uniform']
-# what may be another when a search goes on: nothing that decides what the policy has learned so far
-FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem', 'latency_model',
-        'latency_backend', 'latency_precision', 'latency_batch', 'latency_threads', 'latency_samples')
-
-
-# -- the command line ------------------------------------------------------------------------------------------------------
-
 
 def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, type[policies.Policy]]]:
-    """Reads the flags; those of the policies, and defaults for the dataset, come with the names given.
-
-    Returns:
-        The flags, and the policies that they name: the searching one first.
-    """
-    first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ('--policy', '--dataset', '--resume'):
-        first.add_argument(flag)
-    first.add_argument('--baselines', nargs='+')
-    known, _ = first.parse_known_args(argv)
-    earlier = _read_args(known.resume) if known.resume else {}
-    for name, default in ('policy', None), ('dataset', None), ('baselines', BASELINES):
-        setattr(known, name, getattr(known, name) or earlier.get(name, default))
-
-    parser = Parser(prog='timm-width search', description=__doc__, allow_abbrev=False)
-    group = parser.add_argument_group('search')
-    group.add_argument('--policy', required=not known.policy, metavar='NAME',
-                       help=f"one of {', '.join(policies.names())}, or a file of yours; --policy NAME --help shows its options")
-    group.add_argument('--budget', required=not earlier, nargs='+', metavar='COST=LIMIT',
-                       help='macs=150M, params=2M, latency=0.5ms (per image), or a ratio of the base: macs=0.5x; one network is '
-                            'found for each')
-    length = policies.load(known.policy).search_epochs if known.policy else "the paper's"
-    group.add_argument('--search-epochs', type=int, metavar='N', help=f"length of the policy's own training (default: {length})")
-    group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
-                       help='part of the training images on which the policy chooses')
-    group.add_argument('--proxy', default='', metavar='HOW',
-                       help='a cheaper search: resolution=96,data=0.1,classes=100, any of them; costs stay those of the real thing')
-    group.add_argument('--grid', metavar='NAME', help='widths that the policy may choose: ratios as in 0.25,0.5,1 or ' + '; '.join(
-        f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
-    group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
-    group.add_argument('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
-    group.add_argument('--supernet-macs', type=float, metavar='RATIO',
-                       help='instead of --width-max: the one share of all base widths that has so many times the base MACs')
-    group.add_argument('--width-divisor', type=int, metavar='N', help="step of the widths (default: the grid's, mostly 8)")
-    group.add_argument('--fix', action='extend', nargs='+', default=[], metavar='PATTERN',
-                       help="groups that keep their width, as in 'conv_*'")
-    group.add_argument('--search-se', action='store_true', help='search the squeezes of squeeze-excite, too')
-    group.add_argument('--baselines', nargs='+', default=BASELINES, metavar='NAME',
-                       help=f"what to set the found network beside: {BASE}, and any policies")
-    group.add_argument('--seeds', type=int, default=1, metavar='N',
-                       help='train every network of the table N times, and report mean and standard deviation')
-    add_target_arguments(parser.add_argument_group('latency'))
-    add_arguments(parser)
-    parser.add_argument('--no-sched-on-updates', dest='sched_on_updates', action='store_false', help='the opposite')
-    group = parser.add_argument_group('output')
-    group.add_argument('--output', required=not known.resume, metavar='FOLDER', help='new or empty folder for the results')
-    group.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
-    group.add_argument('--resume', metavar='FOLDER', help='go on with the search in that folder; flags come from there, and '
-                       '--budget, --baselines, --seeds and --epochs may be others')
-    found = {}
-    for name in dict.fromkeys([known.policy, *known.baselines]):
-        label = policies.label(name) if name else BASE
-        if name and (label in found or name != BASE and label == BASE):
-            raise UsageError(f"--policy and --baselines name two policies '{label}': give '{name}' another name")
-        if label != BASE:
-            found[label] = policies.load(name)
-            policies.add_options(parser, label, found[label])
-    parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
-    parser.set_defaults(**earlier)
-    args = parser.parse_args(argv)
-    resolve_loss(args, flags_given(parser, argv) | set(earlier))
-    args.fix = list(dict.fromkeys(args.fix))  # one that is said again on --resume is no other
-    if known.resume:
-        args.output = known.resume
-        free = {*FREE, *(f'{name}.{option}' for name, policy in found.items() for option in policy.free_options)}
-        changed = [k for k, v in earlier.items() if k not in free and vars(args).get(k) != v]
-        if changed:
-            raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
-                f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
-        learned = [name for name in (earlier['policy'], *earlier.get('baselines', ())) if name != BASE and
-                   policies.label(name) in found and found[policies.label(name)].learns_budget]
-        if learned and any(getattr(args, k) != earlier.get(k) for k in ('budget', 'latency_model')):
-            model = f" by --latency-model {earlier['latency_model']}" if earlier.get('latency_model') else ''
-            raise UsageError(f"--resume '{known.resume}': {policies.label(learned[0])} learned for the budgets there, "
-                             f"{' '.join(map(str, earlier.get('budget', ())))}{model}, and knows nothing of others: they need "
-                             'another --output')
-    elif args.search_epochs is None:
-        args.search_epochs = found[policies.label(known.policy)].search_epochs
-    return args, found
-
-
-def _read_args(folder: str) -> dict[str, Any]:
-    path = Path(folder) / 'args.yaml'
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as e:
-        reason = '' if isinstance(e, FileNotFoundError) else f': {str(e).splitlines()[0]}'
-        raise UsageError(f"--resume '{folder}': no search was begun there, it has no args.yaml{reason}") from None
-    if not isinstance(found, dict) or 'policy' not in found:
-        raise UsageError(f"--resume '{folder}': its args.yaml is not that of a search")
-    return found
-
-
-def _check(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> None:
-    check_arguments(args, SEARCH_RANGES)
-    parse_proxy(args.proxy)
-    if not 0 < args.search_holdout < 1:
-        raise UsageError(f'--search-holdout must be between 0 and 1, not {args.search_holdout:g}')
-    if len(set(args.budget)) < len(args.budget):
-        raise UsageError(f"--budget {' '.join(args.budget)} names one twice")
-    for name, policy in found.items():
-        if mixes(args) and policy.trains() and not policy.mixup:
-            raise UsageError(f'--mixup and --cutmix cannot be used with the policy {name}: it needs the class of every image')
-    if not args.resume:
-        check_output(Path(args.output), args.overwrite, args.model)
-
-
-# -- one policy ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """What was chosen for a budget.
-
-    Attributes:
-        choice: The network.
-        grid: What it was chosen from: of several stages, that of the last.
-        source: The shared network whose channels it is made of, if these are not the first ones: its digest, `of`, and its
-            `file` in the folder of the search.
-    """
-    choice: Choice
-    grid: Grid
-    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def choose(problem: Problem, name: str, policy: policies.Policy) -> list[_Answer]:
-    """Lets a policy learn and choose, on a problem without validation images; and those that follow it.
-
-    Args:
-        problem: What it learns on.
-        name: What it is called.
-        policy: It.
-
-    Returns:
-        One network for each budget of the problem.
-    """
-    found = _choose_once(problem, name, policy)
-    for i, after in enumerate(policy.following([answer.choice for answer in found])):
-        label, stage = f'{name}.{_folder_name(after.budgets[0].text)}', 2
-        while after is not None:
-            part = dataclasses.replace(problem, grid=after.grid, budgets=tuple(after.budgets))
-            [found[i]] = _choose_once(part, f'{label}.{stage}', after)
-            after, stage = next(iter(after.following([found[i].choice])), None), stage + 1
-    return found
-
-
-def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[_Answer]:
-    args, state = problem.args, Path(problem.args.output) / 'search'
-    warmup = min(args.warmup_epochs, args.search_epochs / 5)
-    training, held = problem.training_batches(), problem.held_batches()
-    network, source = None, {}
-    if policy.trains():
-        model, space = problem.largest(args.seed)
-        shared = policy.prepare(model, space)
-        _say_notes(args, name, policy)
-        trained = Training(shared, training, args, args.search_epochs, f'search ({name})', warmup, policy.train_step,
-                           list(policy.parameters()))
-        network = trained.run(state / f'{name}.pth.tar', _after_epoch(args, name, policy), policy)
-        weights = {n.removeprefix('model.'): t for n, t in network.state_dict().items()}
-        source = {'of': digest(weights), 'file': f'{state.name}/{name}.pth.tar'}
-
-    def train(choice: Choice) -> nn.Module:
-        return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', warmup).run()
-
-    about = policy.evaluations
-    if about and not sys.stderr.isatty():
-        say(args, f'{name}: choosing by about {about} scores')
-    # where there is no terminal, a line a minute instead of a bar
-    slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': '{desc}: {n_fmt} scores, {elapsed}\n'}
-    with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
-        found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
-    _say_notes(args, name, policy)
-    choices = [_checked(problem, name, c) for c in found]
-    for choice, budget in zip(choices, policy.goals, strict=True):
-        if not budget.met(*choice):
-            raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
-    return [_Answer(choice, problem.grid, source if choice.channels else {}) for choice in choices]
-
-
-def _checked(problem: Problem, name: str, found: Choice) -> Choice:
-    """An answer in Python's own numbers, which JSON holds; with as many channels as its widths say."""
-    widths, skips = found
-    channels = {n: tuple(int(i) for i in kept) for n, kept in getattr(found, 'channels', {}).items()}
-    choice = Choice({n: int(w) for n, w in widths.items()}, tuple(skips), channels)
-    for n, kept in choice.channels.items():
-        if len(kept) * problem.space[n].unit != choice.widths.get(n, problem.space[n].size):
-            raise policies.PolicyError(f"policy {name} answered with {len(kept)} steps of '{n}' (of {problem.space[n].unit} "
-                                       f'channels each), whose width is {choice.widths.get(n, problem.space[n].size)}')
-    return choice
-
-
-def _say_notes(args: Namespace, name: str, policy: policies.Policy) -> None:
-    while policy.notes:
-        say(args, f'{name}: {policy.notes.pop(0)}')
-
-
-def _after_epoch(args: Namespace, name: str, policy: Optional[policies.Policy] = None) -> Callable[[Training, float, float], None]:
-    def after_epoch(training: Training, loss: float, lr: float) -> None:
-        if policy is not None:
-            policy.epoch_end(training.epoch - 1)
-        if is_primary(args) and not sys.stdout.isatty():
-            print(f'{name}: epoch {training.epoch} of {training.epochs}, loss {loss:.3f}', flush=True)
-    return after_epoch
-
-
-# -- the whole search ------------------------------------------------------------------------------------------------------
+    """Reads the flags (see `search_flags.parse`)."""
+    return search_flags.parse(argv, __doc__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +65,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
     Returns:
         The rows of the final table, and what measured their latency.
     """
-    _check(args, found)
+    check_search_arguments(args, found)
     options = {name: policies.read_options(args, name, policy) for name, policy in found.items()}
     before = vars(args).get('world_size')
     start_processes(args)
@@ -348,7 +115,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     """The search, once it has a folder to write to."""
     problem, output = problems[name], Path(args.output)
-    chosen: dict[str, list[_Answer]] = {}
+    chosen: dict[str, list[Answer]] = {}
     for policy in dict.fromkeys([name, *(b for b in map(policies.label, args.baselines) if b != BASE)]):
         grid = problems[policy].grid
         chosen[policy] = choose(dataclasses.replace(learning, grid=grid), policy, found[policy](
@@ -388,11 +155,11 @@ def _prepare_output(args: Namespace, output: Path) -> None:
 def _earlier_folders(output: Path) -> list[str]:
     """The folders of several budgets that an earlier search left; whatever its args.yaml says, nothing else."""
     try:
-        budgets = _read_args(str(output)).get('budget')
+        budgets = read_args(str(output)).get('budget')
     except UsageError:
         return []
     texts = [text for text in budgets if isinstance(text, str)] if isinstance(budgets, list) else []
-    return [_folder_name(text) for text in texts if re.fullmatch(r'\s*\w+\s*=[\s\w.]+', text)]
+    return [folder_name(text) for text in texts if re.fullmatch(r'\s*\w+\s*=[\s\w.]+', text)]
 
 
 def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, Sequence[Choice]]) -> Iterator[_Entry]:
@@ -417,11 +184,7 @@ def _budget_folder(args: Namespace, budget: str) -> Path:
     if len(args.budget) == 1 and (
             not (output / 'config.json').is_file() or load_spec(output).provenance.get('budget') == budget):
         return output
-    return output / _folder_name(budget)
-
-
-def _folder_name(budget: str) -> str:
-    return re.sub(r'[^\w.]+', '-', budget)
+    return output / folder_name(budget)
 
 
 def _is_saved(folder: Path, network: nn.Module) -> bool:
@@ -466,7 +229,7 @@ def _train_all(
         checkpoint = state / f"{title.replace(' ', '-')}-{args.epochs}.pth.tar"
         warmup = min(args.warmup_epochs, args.epochs / 5)
         result = Training(problem.model(entry.choice, seed), training, args, args.epochs, title, warmup, seed=seed).run(
-            checkpoint, _after_epoch(args, title))
+            checkpoint, after_epoch(args, title))
         found = top1(result, validation, args)
         if is_primary(args):
             if entry.name == 'found' and seed == args.seed:
@@ -509,7 +272,7 @@ def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any], target: Target,
-                answer: _Answer) -> dict[str, Any]:
+                answer: Answer) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
         **target.describe(), 'ms': row['latency_ms'], 'spread': row['latency_spread']}}

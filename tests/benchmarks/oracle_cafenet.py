@@ -14,7 +14,7 @@ same command goes on where a killed one was: after the last epoch, after the las
 For each offset r and each of --supernets seeds, a supernet is trained by CafeNet's step on images of --resolution pixels. It scores
 --nets random widths on a holdout of the training images, a width by the best of its assignments; Kendall's taus with the truth are over
 all pairs, and over those of MACs within 3 % (see oracle.py). Then CafeNet-E searches it at 25, 50 and 75 % of the MACs under --seeds
-seeds, and CafeNet-R with as many networks; their answers are looked up in the table. '(random, by the truth)' is the best in the table
+seeds, and CafeNet-R with as many networks (--search-by); their answers are looked up in the table. '(random, by the truth)' is the best in the table
 of as many random networks, and '(best)' the best of the table within the budget. '±' is the standard deviation over searches and
 supernets; of a tau with one supernet, over 200 bootstrap draws of the networks.
 """
@@ -57,13 +57,15 @@ class BestOf:
         return max((self.evaluate(c, statistics=statistics) for c in candidates), key=lambda s: s.rank)
 
 
-def searches(oracle: Oracle, policy: Policy, evaluate: Holdout, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The true accuracies of what searches of one supernet find, and of what they are held against."""
+def searches(oracle: Oracle, policy: Policy, evaluate: Holdout, by: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The true accuracies of what searches of one supernet find."""
     options = policy.options
     number = options.population * options.iterations
     for seed in seeds:
-        for name, changed in (('CafeNet-E', {'search': 'evolutionary'}), ('CafeNet-R', {'search': 'random', 'samples': number})):
-            one = type(policy)(oracle.space, policy.budgets, policy.grid, dataclasses.replace(options, **changed), seed)
+        for search_by in by:
+            name = {'evolutionary': 'CafeNet-E', 'random': 'CafeNet-R'}[search_by]
+            changed = dataclasses.replace(options, search=search_by, samples=number)
+            one = type(policy)(oracle.space, policy.budgets, policy.grid, changed, seed)
             for budget, choice in zip(policy.budgets, one.choose(evaluate)):
                 if not budget.met(*choice):
                     raise AssertionError(f'{name} is over {budget}')
@@ -141,6 +143,8 @@ def main() -> None:
     parser.add_argument('--offsets', type=int, nargs='+', default=[0, 1], metavar='R', help='supernets to compare')
     parser.add_argument('--supernets', type=int, default=1, help='seeds under which each is trained')
     parser.add_argument('--seeds', type=int, default=5, help='seeds under which each is searched')
+    parser.add_argument('--search-by', nargs='+', default=['evolutionary', 'random'], choices=['evolutionary', 'random'],
+                        help='CafeNet-E, CafeNet-R')
     parser.add_argument('--json', type=Path, help='file for all figures')
     own, rest = parser.parse_known_args()
 
@@ -161,7 +165,7 @@ def main() -> None:
             policy, evaluate, said = supernet(problem, {'cafenet': load('cafenet')}, flags, r, output)
             score = BestOf(policy, evaluate)
             ranks.setdefault(f'r = {r}', []).append(correlations(oracle, nets, [score(widths) for widths in nets], seed))
-            found += searches(oracle, policy, evaluate, range(own.seeds))
+            found += searches(oracle, policy, evaluate, own.search_by, range(own.seeds))
             trainings.append({'r': r, 'seed': seed, **said, 'full_network': score(problem.space.base_widths).top1})
             evaluate.bar.close()
             print(f'r = {r}, seed {seed}: {trainings[-1]}', flush=True)
