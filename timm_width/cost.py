@@ -63,6 +63,18 @@ class Cost(ABC):
         """
 
     @abstractmethod
+    def of(self, module: str, widths: Mapping[str, int] = {}) -> Union[int, float]:
+        """What the layers inside a module cost.
+
+        Args:
+            module: Its name.
+            widths: Group -> channels; groups left out are at their base.
+
+        Raises:
+            WidthError: The widths do not fit, or the cost of this module is not known.
+        """
+
+    @abstractmethod
     def expectation(
             self, distributions: Mapping[str, Distribution], skips: Sequence[str] = ()) -> Union[float, torch.Tensor]:
         """Expected cost when groups draw their widths independently.
@@ -168,12 +180,11 @@ class Polynomial(Cost):
         """The exact cost as an int if all widths are ints (see `Cost`). Of tensors, only names and dimensions are checked."""
         if not isinstance(widths, Mapping) or not any(isinstance(w, torch.Tensor) for w in widths.values()):
             self.space.check(widths, skips)
-            steps = self._base.copy()
-            for name, width in widths.items():
-                i = self.space.index[name]
-                steps[i] = int(width) // self.space.groups[i].unit
-            return int((self._kept(skips) * _monomials(steps, self._columns)).sum())
+            return int((self._kept(skips) * _monomials(self._at(widths), self._columns)).sum())
         return self._relaxed(widths, skips)
+
+    def of(self, module: str, widths: Mapping[str, int] = {}) -> int:
+        return self(widths) - int((self._kept([module]) * _monomials(self._at(widths), self._columns)).sum())
 
     def expectation(
             self, distributions: Mapping[str, Distribution], skips: Sequence[str] = ()) -> Union[float, torch.Tensor]:
@@ -230,6 +241,13 @@ class Polynomial(Cost):
             out = np.where(self._dropped[block], 0, out)
         return out
 
+
+    def _at(self, widths: Mapping[str, int]) -> np.ndarray:
+        steps = self._base.copy()
+        for name, width in widths.items():
+            i = self.space.index[name]
+            steps[i] = int(width) // self.space.groups[i].unit
+        return steps
 
     def _relaxed(self, widths: Mapping[str, Width], skips: Sequence[str]) -> torch.Tensor:
         """The cost at widths of which some are tensors."""

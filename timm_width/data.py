@@ -316,6 +316,53 @@ def loader(view: View, args: Namespace, config: Mapping[str, Any], training: boo
         persistent_workers=False)  # new ones every epoch: their seeds then follow from the random state that a resume restores
 
 
+class TwoParts:
+    """Batches of some images, and after them those of others: an epoch that trains two things.
+
+    Attributes:
+        second: Whether the batch that came last is of the second part.
+    """
+
+    def __init__(self, first: DataLoader, second: DataLoader):
+        self.parts, self.second = (first, second), False
+        self.sampler = self.batch_sampler = self
+        self.dataset = first.dataset
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, part in enumerate(self.parts):
+            for batch in part:
+                self.second = bool(i)
+                yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        for part in self.parts:
+            if hasattr(part.sampler, 'set_epoch'):
+                part.sampler.set_epoch(epoch)
+
+    @property
+    def seed(self) -> int:
+        """Of the order of several processes."""
+        return getattr(self.parts[0].sampler, 'seed', 0)
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        for part in self.parts:
+            part.sampler.seed = seed
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether images are mixed."""
+        return self.parts[0].mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        for part in self.parts:
+            part.mixup_enabled = enabled
+
+
 def mixes(args: Namespace) -> bool:
     """Whether the flags ask for mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

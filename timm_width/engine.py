@@ -173,6 +173,7 @@ class Step:
         self._training = training
         self.images, self.targets = images, targets
         self.epoch, self.update, self._batch = training.epoch, training.updates, training.batch
+        self.epochs, self.for_architecture = training.epochs, getattr(training.batches, 'second', False)
         self.first_loss: Optional[torch.Tensor] = None
 
     @property
@@ -342,6 +343,11 @@ class Loop:
 
     def _update(self) -> None:
         args = self.args
+        if all(p.grad is None for p in self.clipped()):  # what the batches trained is not the optimiser's
+            self.updates += 1
+            if self.scheduler is not None:
+                self.scheduler.step_update(self.updates)
+            return
         self.synchronize()
         if args.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -389,6 +395,7 @@ class Training(Loop):
         super().__init__(args, batches, network.to(args.device, **layout), train_step, title, seed)
         if hasattr(batches.sampler, 'set_epoch'):
             batches.sampler.seed = self.seed  # of several processes: one order for all of them
+        self.further = list(parameters)
         self.parameters = [*network.parameters(), *parameters]
         self.mixing = mixes(args)
         try:
@@ -436,6 +443,7 @@ class Training(Loop):
                     raise UsageError(f'{self.title}: the loss is {loss} in epoch {self.epoch}; a lower --lr may help')
                 if after_epoch is not None:
                     after_epoch(self, loss, lr)
+                self._forget_removed()
                 if checkpoint is not None:
                     self._save(checkpoint, extra)
         return self.result
@@ -451,6 +459,15 @@ class Training(Loop):
             for net in dict.fromkeys((self.network, self.result)):  # in this order in every process
                 distribute_bn(net, args.world_size, reduce=True)
         return loss, lr
+
+    def _forget_removed(self) -> None:
+        """Lets go of the parameters that the network has no more."""
+        self.parameters = [*self.network.parameters(), *self.further]
+        left = set(map(id, self.parameters))
+        for group in self.optimizer.param_groups:
+            group['params'] = [p for p in group['params'] if id(p) in left]
+        for p in [p for p in self.optimizer.state if id(p) not in left]:
+            del self.optimizer.state[p]
 
     def clipped(self) -> Iterable[nn.Parameter]:
         return self.parameters
@@ -486,13 +503,14 @@ class Training(Loop):
             if (state['epochs'], state['seed']) != (self.epochs, self.seed) or len(state['random_states']) != getattr(
                     self.args, 'world_size', 1):
                 raise ValueError('its length, seed or number of processes is another')
+            if extra is not None:
+                extra.load_state_dict(state['extra'])  # which may remove parts of the network
+                self._forget_removed()
             self.network.load_state_dict(state['network'])
             self.optimizer.load_state_dict(state['optimizer'])
             self.scaler.load_state_dict(state['scaler'])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state['ema'])
-            if extra is not None:
-                extra.load_state_dict(state['extra'])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [''])[0]
             raise UsageError(

@@ -73,6 +73,7 @@ GRIDS: dict[str, _Rule] = {
     'aows': _Rule(_aows, 0.2, 1.5, 14, '14 even ratios'),
     'autoslim': _Rule(_autoslim, 0.15, 1.5, 12, 'down in 12ths of the largest width'),
     'dmcp': _Rule(_dmcp, 0.1, 1.0, 0.1, 'down in tenths of the base width; --width-divisor is 1', 1, 'a share'),
+    'prunode': _Rule(_multiples, 0.0, 1.0, 0, 'all multiples of --width-divisor, which is 32', 32),
     'bins': _Rule(_bins, 0.0, 1.0, 10, '10 equal parts of the largest width'),
     'flops': _Rule(None, 0.0, 1.0, 1, 'bins of about the same MACs, of 1 channel or more; --width-divisor is 1', 1, 'a number'),
 }

@@ -171,6 +171,7 @@ class Supernet(nn.Module):
 
     Attributes:
         norms: Group -> the normalisations that govern it, on which its gate acts.
+        norm_axes: Normalisation -> the axis of its vectors.
         ungated: Searchable groups that have none.
 
     Raises:
@@ -188,13 +189,13 @@ class Supernet(nn.Module):
         self.model = model
         self.space = space
         modules = dict(model.named_modules())
-        self._norm_axes = {}  # normalisation -> the axis of its vectors
+        self.norm_axes: dict[str, Axis] = {}
         for name, t in space.tensors.items():
             owner, _, leaf = name.rpartition('.')
             if leaf == 'weight' and t.is_param and len(t.shape) == 1 and t.axes[0] is not None and _is_norm(modules[owner]):
-                self._norm_axes[owner] = t.axes[0]
+                self.norm_axes[owner] = t.axes[0]
         norms: dict[str, dict[str, None]] = {}
-        for norm, axis in self._norm_axes.items():
+        for norm, axis in self.norm_axes.items():
             for g, _ in axis:
                 norms.setdefault(space.groups[g].name, {})[norm] = None
         self.norms = {group: tuple(found) for group, found in norms.items()}
@@ -416,7 +417,7 @@ class Supernet(nn.Module):
         factors = self._checked_gates(plan, gates, batch)
         rows = {}
         for norm in {norm: None for name in gates for norm in self.norms[name] if not _inside(norm, skips)}:
-            parts = [(factors.get(g), plan.steps[g], repeat) for g, repeat in self._norm_axes[norm]]
+            parts = [(factors.get(g), plan.steps[g], repeat) for g, repeat in self.norm_axes[norm]]
             per_image = any(f is not None and f.ndim == 2 for f, _, _ in parts)
             weight = _tensor(modules, f'{norm}.weight')
             full = []

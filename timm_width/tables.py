@@ -21,10 +21,12 @@ class Tables(Cost):
         space: The width space whose groups are the variables.
         unit: What is counted, for messages.
         tables: The tables.
+        blocks: Module -> what is its part of the sum; only these can be left out.
     """
 
-    def __init__(self, space: WidthSpace, unit: str, tables: Factors):
+    def __init__(self, space: WidthSpace, unit: str, tables: Factors, blocks: Mapping[str, Factors] = {}):
         self.space, self.unit, self.tables = space, unit, tables
+        self.blocks = {name: Tables(space, unit, part) for name, part in blocks.items()}
         self._levels = {name: torch.tensor(widths, dtype=torch.float64) for name, widths in tables.grid.items()}
         self._unary = {name: torch.as_tensor(np.asarray(t, dtype=np.float64)) for name, t in tables.unary.items()}
         self._pairwise = {pair: torch.as_tensor(np.asarray(t, dtype=np.float64)) for pair, t in tables.pairwise.items()}
@@ -43,7 +45,15 @@ class Tables(Cost):
         full = self._full(widths)
         self._check({name: w.item() if isinstance(w, torch.Tensor) else w for name, w in full.items()}, skips)
         total = self._sum({name: self._weights(name, full[name]) for name in self.tables.grid})
+        for block in skips:
+            part = self.blocks[block]
+            total = total - part({name: w for name, w in widths.items() if name in part.tables.grid})
         return total if given else total.item()
+
+    def of(self, module: str, widths: Mapping[str, int] = {}) -> float:
+        self._check({}, [module])
+        part = self.blocks[module]
+        return part({name: w for name, w in widths.items() if name in part.tables.grid})
 
     def expectation(
             self, distributions: Mapping[str, Distribution], skips: Sequence[str] = ()) -> Union[float, torch.Tensor]:
@@ -58,6 +68,9 @@ class Tables(Cost):
                 at = torch.stack([self._weights(name, w) for w in widths])
                 weights[name] = torch.as_tensor(p, dtype=torch.float64, device='cpu') @ at
         total = self._sum(weights)
+        for block in skips:
+            part = self.blocks[block]
+            total = total - part.expectation({name: d for name, d in distributions.items() if name in part.tables.grid})
         return total if any(isinstance(p, torch.Tensor) for _, p in distributions.values()) else total.item()
 
     def factors(self, grid: Grid, skips: Sequence[str] = ()) -> Factors:
@@ -74,7 +87,14 @@ class Tables(Cost):
         for names, table in moved:  # groups outside the grid have length 1
             free = [n for n in names if n in grid]
             terms.append((free, table.reshape([len(grid[n]) for n in free])))
-        return sum_terms(grid, terms, float(self.tables.constant))
+        constant = float(self.tables.constant)
+        for block in skips:
+            own = self.blocks[block].tables.grid
+            part = self.blocks[block].factors({name: widths for name, widths in grid.items() if name in own})
+            constant -= part.constant
+            terms += [((name,), -table) for name, table in part.unary.items()]
+            terms += [(names, -table) for names, table in part.pairwise.items()]
+        return sum_terms(grid, terms, constant)
 
     def show(self, value: Union[int, float]) -> str:
         return f'{value:.4g} {self.unit}'
@@ -85,8 +105,9 @@ class Tables(Cost):
 
     def _check(self, widths: Mapping[str, float], skips: Sequence[str]) -> None:
         """Raises WidthError where nothing was measured."""
-        if skips:
-            raise WidthError(f'{self.space.architecture}: {self.unit} were measured of whole networks: no block can be left out')
+        if unknown := [name for name in skips if name not in self.blocks]:
+            known = f"{', '.join(list(self.blocks)[:3])} and so on" if self.blocks else 'whole networks'
+            raise WidthError(f"{self.space.architecture}: {self.unit} were measured of {known}: '{unknown[0]}' cannot be left out")
         for name, width in widths.items():
             levels = self.tables.grid.get(name, (self.space[name].size,))
             if not levels[0] <= width <= levels[-1]:

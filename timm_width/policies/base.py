@@ -108,19 +108,23 @@ class Step(Protocol):
         images: (N, C, H, W).
         targets: Class of each image, or (N, classes) under mixup.
         epoch: From 0.
+        epochs: How many there will be.
         update: Number of optimiser steps so far.
         progress: Share of all updates that is done, from 0 to below 1.
         rng: For all that the policy draws. Seeded by the run's seed and the update: the same on every process, for every
             batch that one update accumulates, and after a resume.
         image_rng: For what it draws for each image: the same after a resume, but another for every process and batch.
+        for_architecture: Whether the batch is of the images that `Policy.architecture_share` sets aside.
     """
     images: torch.Tensor
     targets: torch.Tensor
     epoch: int
+    epochs: int
     update: int
     progress: float
     rng: np.random.Generator
     image_rng: np.random.Generator
+    for_architecture: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the network on the images; for a Supernet, `forward(widths, gates=..., skips=...)`."""
@@ -163,6 +167,10 @@ class Policy(ABC):
         search_epochs: What `--search-epochs` is where it is not given.
         mixup: Whether images and targets may be mixed.
         learns_budget: Whether training depends on the budgets, so that a search that goes on cannot be given others.
+        architecture_share: Share of the training images that come last in every epoch, apart from the others: for a policy that
+            trains an architecture on other images than the weights.
+        shrinks: Whether training removes parts of the network.
+        weighs_cost: Whether a budget may have no limit, since the policy weighs costs against accuracy.
         free_options: Options that only `choose` reads, so that a search that goes on may be given others.
         notes: Lines on what the policy did, for whoever runs it to show; they may take them away.
     """
@@ -171,6 +179,9 @@ class Policy(ABC):
     search_epochs: int = 50
     mixup: bool = True
     learns_budget: bool = False
+    architecture_share: float = 0.
+    shrinks: bool = False
+    weighs_cost: bool = False
     free_options: tuple[str, ...] = ()
 
     @dataclass(frozen=True)
@@ -251,7 +262,13 @@ class Policy(ABC):
         return cls.train_step is not Policy.train_step
 
 
-def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[str, float]) -> dict[str, int]:
+def fill_budget(
+        space: WidthSpace,
+        budget: Budget,
+        grid: Grid,
+        shape: Mapping[str, float],
+        skips: Sequence[str] = (),
+) -> dict[str, int]:
     """Scales a shape by one factor, found by bisection, to the largest network that meets the budget.
 
     Args:
@@ -259,6 +276,7 @@ def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[st
         budget: What to meet.
         grid: Group -> widths to round to.
         shape: Group -> ratio of its base width, before the factor.
+        skips: Residual blocks left out.
 
     Returns:
         Group -> width, on the grid.
@@ -267,11 +285,11 @@ def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[st
         return {name: _nearest(widths, factor * shape[name] * space[name].size) for name, widths in grid.items()}
 
     low, high = 0.0, max(widths[-1] / (shape[name] * space[name].size) for name, widths in grid.items())
-    if budget.met(scaled(high)):
+    if budget.met(scaled(high), skips):
         return scaled(high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if budget.met(scaled(middle)) else (low, middle)
+        low, high = (middle, high) if budget.met(scaled(middle), skips) else (low, middle)
     return scaled(low)
 
 
