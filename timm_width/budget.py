@@ -31,7 +31,7 @@ class Budget:
 
     Attributes:
         cost: What is limited.
-        limit: The most it may be, in the cost's unit.
+        limit: The most it may be, in the cost's unit; infinite for a policy that weighs costs itself.
         text: How the budget was written.
     """
     cost: Cost
@@ -43,8 +43,8 @@ class Budget:
         """Reads a budget such as 'macs=150M', 'params=2M', 'latency=0.5ms' or 'macs=0.5x'.
 
         Args:
-            text: Name of a cost, '=', and a number with an optional suffix: K, M, G for counts; us, ms or s, which a latency must
-                have; or x for a multiple of the base cost.
+            text: Name of a cost, for one without a limit; or, after it, '=' and a number with an optional suffix: K, M, G for
+                counts; us, ms or s, which a latency must have; or x for a multiple of the base cost.
             space: The width space that it is for.
             latency: What a latency costs, in milliseconds per image; a latency budget needs it.
 
@@ -54,7 +54,7 @@ class Budget:
         shown = f'{str(text)[:60]!r}'
         name, equals, value = str(text).partition('=')
         name, value = name.strip().lower(), value.strip().lower()
-        if not isinstance(text, str) or not equals or not name:
+        if not isinstance(text, str) or not name or not equals and name not in _NAMES:
             raise BudgetError(f'{shown} is not a budget: {_FORMS}')
         if name not in _NAMES:
             raise BudgetError(f"{shown}: unknown cost '{name[:40]}'{nearest(name, _NAMES)}; known are macs (one multiply-add "
@@ -62,6 +62,8 @@ class Budget:
         if name == 'latency' and latency is None:
             raise BudgetError(f'{shown}: a latency budget needs a latency model: --latency-model FILE, or --latency-model measure '
                               'to make one on this machine first')
+        if not equals:
+            return cls(latency if name == 'latency' else _COSTS[name](space), math.inf, name)
         found = _NUMBER.fullmatch(value)
         if not found and not _NOT_FINITE.fullmatch(value):
             raise BudgetError(f"{shown}: cannot read '{value[:40]}' as a limit; {_FORMS}")
@@ -108,6 +110,8 @@ class Budget:
         Raises:
             BudgetError: The limit is below the cost of the smallest network or above that of the largest.
         """
+        if self.limit == math.inf:
+            return
         if smallest_widths is None:
             smallest_widths = {name: g.unit for name, g in self.cost.space.searchable.items()}
         low, high = self.cost(smallest_widths), self.cost({} if largest_widths is None else largest_widths)
@@ -119,4 +123,4 @@ class Budget:
                 f'{self.cost.space.architecture} at the widths allowed, give a limit between {show(low)} and {show(high)}')
 
     def __str__(self) -> str:
-        return f'{self.text} (at most {self.cost.show(self.limit)})'
+        return self.text if self.limit == math.inf else f'{self.text} (at most {self.cost.show(self.limit)})'

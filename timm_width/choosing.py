@@ -1,23 +1,27 @@
 """A policy learns and chooses: its shared network is trained, its scores are kept, its answers are checked."""
 import dataclasses
 import re
+import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import policies
 from .config import digest
-from .engine import Training, is_primary, say
+from .data import TwoParts
+from .engine import Training, is_primary, say, wait_for_all
 from .holdout import Holdout, Journal
 from .policies.base import Choice, Grid
 from .problem import Problem
 
-__all__ = ['Answer', 'after_epoch', 'choose', 'folder_name']
+__all__ = ['Answer', 'after_epoch', 'choose', 'choose_sweep', 'folder_name']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +60,79 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Answer]
     return found
 
 
+def choose_sweep(
+        problem: Problem,
+        name: str,
+        make: Callable[[Mapping[str, float]], policies.Policy],
+        sweep: Mapping[str, Sequence[float]],
+) -> list[tuple[str, Answer, float]]:
+    """Lets a policy learn and choose with several values of its options, all from one shared beginning.
+
+    Args:
+        problem: What it learns on, with one budget.
+        name: What it is called.
+        make: Gives the policy with some of its options set.
+        sweep: Option -> values. Each value of the first gives an answer; of the combinations of the others, the one with the
+            best search loss.
+
+    Returns:
+        Of each value of the first option: the values that were the best, as in 'alpha=0.2', the network, and its search loss.
+    """
+    args, state = problem.args, Path(problem.args.output) / 'search'
+    points = [dict(zip(sweep, values)) for values in product(*sweep.values())]
+    beginning = state / f'{name}.shared.pth.tar'
+    first = make(points[0])
+    if (stop := first.shared_epochs(args.search_epochs)):
+        _train(problem, name, first, problem.training_batches(first.architecture_share), beginning, stop)
+    found: dict[float, tuple[str, Answer, float]] = {}
+    for point in points:
+        text = ' '.join(f'{option}={value:g}' for option, value in point.items())
+        label, policy = f'{name}.{folder_name(text)}', make(point)
+        checkpoint = state / f'{label}.pth.tar'
+        if stop and is_primary(args) and not checkpoint.is_file():
+            shutil.copyfile(beginning, beside := checkpoint.with_name(f'.{checkpoint.name}.saving'))
+            beside.replace(checkpoint)
+        wait_for_all(args)
+        [answer] = _choose_once(problem, label, policy)
+        value = next(iter(point.values()))
+        if value not in found or policy.search_loss < found[value][2]:
+            found[value] = text, answer, policy.search_loss
+    return list(found.values())
+
+
+def _train(
+        problem: Problem,
+        name: str,
+        policy: policies.Policy,
+        batches: Union[DataLoader, TwoParts],
+        checkpoint: Path,
+        stop: Optional[int] = None,
+) -> nn.Module:
+    """Trains a policy's shared network, or only its first epochs."""
+    args = problem.args
+    model, space = problem.largest(args.seed)
+    network = policy.prepare(model, space)
+    _say_notes(args, name, policy)
+    trained = Training(network, batches, args, args.search_epochs, f'search ({name})', _warmup(args), policy.train_step,
+                       list(policy.parameters()))
+    return trained.run(checkpoint, after_epoch(args, name, policy), policy, stop)
+
+
+def _warmup(args: Namespace) -> float:
+    return min(args.warmup_epochs, args.search_epochs / 5)
+
+
 def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[Answer]:
     args, state = problem.args, Path(problem.args.output) / 'search'
-    warmup = min(args.warmup_epochs, args.search_epochs / 5)
-    training, held = problem.training_batches(), problem.held_batches()
+    training, held = problem.training_batches(policy.architecture_share), problem.held_batches()
     network, source = None, {}
     if policy.trains():
-        model, space = problem.largest(args.seed)
-        shared = policy.prepare(model, space)
-        _say_notes(args, name, policy)
-        trained = Training(shared, training, args, args.search_epochs, f'search ({name})', warmup, policy.train_step,
-                           list(policy.parameters()))
-        network = trained.run(state / f'{name}.pth.tar', after_epoch(args, name, policy), policy)
+        network = _train(problem, name, policy, training, state / f'{name}.pth.tar')
         weights = {n.removeprefix('model.'): t for n, t in network.state_dict().items()}
         source = {'of': digest(weights), 'file': f'{state.name}/{name}.pth.tar'}
 
     def train(choice: Choice) -> nn.Module:
-        return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', warmup).run()
+        return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', _warmup(args)).run()
 
     about = policy.evaluations
     if about and not sys.stderr.isatty():

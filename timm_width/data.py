@@ -3,7 +3,7 @@
 Images are RGB everywhere; grey ones are repeated to three channels, so that every model and every pretrained weight fits.
 """
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .space import nearest
 
 __all__ = [
-    'DEFAULTS', 'SYNONYMS', 'Splits', 'UsageError', 'View', 'default_classes', 'find_splits', 'first_line', 'loader', 'mixes',
-    'open_splits', 'shrink', 'split_holdout',
+    'DEFAULTS', 'SYNONYMS', 'Splits', 'TwoParts', 'UsageError', 'View', 'default_classes', 'find_splits', 'first_line', 'loader',
+    'mixes', 'open_splits', 'shrink', 'split_holdout',
 ]
 
 SYNONYMS = ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation')  # folders that timm reads as one split
@@ -325,8 +325,7 @@ class TwoParts:
 
     def __init__(self, first: DataLoader, second: DataLoader):
         self.parts, self.second = (first, second), False
-        self.sampler = self.batch_sampler = self
-        self.dataset = first.dataset
+        self.sampler, self.dataset = self, first.dataset
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))

@@ -417,6 +417,7 @@ class Training(Loop):
             checkpoint: Optional[Path] = None,
             after_epoch: Optional[Callable[['Training', float, float], None]] = None,
             extra: Optional[Any] = None,
+            stop: Optional[int] = None,
     ) -> nn.Module:
         """Trains to the end, from where it is.
 
@@ -424,6 +425,7 @@ class Training(Loop):
             checkpoint: File to go on from, if it is there, and to write after every epoch.
             after_epoch: Called after each epoch with this object, the epoch's mean loss and the learning rate of its last step.
             extra: Something with `state_dict` and `load_state_dict` to keep in the checkpoint, too.
+            stop: Number of epochs after which to leave the rest to another call.
 
         Returns:
             `result`.
@@ -436,7 +438,7 @@ class Training(Loop):
         steps = self.epochs * len(self.batches)
         with tqdm(total=steps, initial=self.epoch * len(self.batches), desc=self.title, unit='step', leave=False,
                   disable=None if is_primary(self.args) else True) as bar:
-            while self.epoch < self.epochs:
+            while self.epoch < (self.epochs if stop is None else stop):
                 loss, lr = self._run_epoch(bar)
                 self.epoch += 1
                 if not np.isfinite(loss):

@@ -2,7 +2,7 @@
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 from timm.utils import random_seed
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .budget import Budget
 from .cost import Cost, Macs, Params
-from .data import UsageError, View, loader, open_splits, shrink, split_holdout
+from .data import TwoParts, UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
 from .factors import Factors
 from .grids import growth, make_grid, squeezes
@@ -69,8 +69,13 @@ class Problem:
         model = self.model(Choice({name: widths[-1] for name, widths in self.grid.items()}), seed)
         return model, trace(model, self.space.input_size)
 
-    def training_batches(self) -> DataLoader:
-        return loader(self.train, self.args, self.config, training=True)
+    def training_batches(self, aside: float = 0.) -> Union[DataLoader, TwoParts]:
+        """Batches to train on; a share of the images, if it is not 0, comes last in every epoch."""
+        if not aside:
+            return loader(self.train, self.args, self.config, training=True)
+        parts = split_holdout(self.targets[self.train.indices], aside, self.args.seed)
+        return TwoParts(*(loader(View(self.train.images, self.train.indices[part], self.train.classes), self.args, self.config,
+                                 training=True) for part in parts))
 
     def held_batches(self) -> DataLoader:
         return loader(self.held, self.args, self.config, training=False)

@@ -9,34 +9,32 @@ such folder for each. Beside them are args.yaml, summary.csv (the table) and sea
 of one image at --img-size. A warm-up is at most a fifth of its training. Runs under torchrun, too.
 """
 import dataclasses
-import json
+import math
 import platform
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
-from torch import nn
 
 from . import policies, search_flags
 from .arguments import write_args
 from .budget import Budget
-from .choosing import Answer, after_epoch, choose, folder_name
-from .config import SUFFIX, fingerprint, load_spec, save
+from .choosing import Answer, choose, choose_sweep, folder_name
+from .comparison import Entry, budget_folder, save_found, times, train_all
+from .config import SUFFIX, load_spec
 from .cost import Macs
 from .data import UsageError
-from .engine import Training, is_primary, of_primary, say, start_processes, top1, wait_for_all
-from .holdout import Journal
+from .engine import is_primary, say, start_processes, wait_for_all
 from .models import supported
 from .policies.base import Choice
 from .problem import Problem, learning_problem, make_problem, set_budgets
-from .report import METRICS, metric_name, print_table, write_table
-from .search_flags import BASE, check_search_arguments, read_args
+from .report import print_table, write_table
+from .search_flags import BASE, check_search_arguments, parse_sweep, policy_names, read_args
 from .target import Target, build_target, check_kept, check_measurable, find_target, keep_model, needs_measuring
 
 __all__ = ['main', 'parse', 'search']
@@ -47,15 +45,10 @@ def parse(argv: Optional[Sequence[str]] = None) -> tuple[Namespace, dict[str, ty
     return search_flags.parse(argv, __doc__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A network of the final table."""
-    name: str
-    choice: Choice
-    budget: Optional[Budget] = None
-
-
-def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple[list[dict[str, Any]], Target]:
+def search(
+        args: Namespace,
+        found: Mapping[str, type[policies.Policy]],
+) -> tuple[list[dict[str, Any]], list[Entry], Target]:
     """Runs a whole search: choose on the holdout, save, train, compare.
 
     Args:
@@ -63,7 +56,7 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
         found: The policies that the flags name.
 
     Returns:
-        The rows of the final table, and what measured their latency.
+        The rows of the final table, the networks that they are of, and what measured their latency.
     """
     check_search_arguments(args, found)
     options = {name: policies.read_options(args, name, policy) for name, policy in found.items()}
@@ -71,26 +64,27 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
     start_processes(args)
     if args.resume and before not in (None, args.world_size):  # their number decides learning rates
         raise UsageError(f"--resume '{args.output}': the search there ran in {before} processes, not {args.world_size}")
-    name = policies.label(args.policy)
-    # --grid is for the policy that searches; a baseline on a coarse grid could not fill the budget
-    rules = {label: label == name and args.grid or policy.default_grid for label, policy in found.items()}
+    names = [policies.label(name) for name in policy_names(args.policy)]
+    # --grid is for the policies that search; a baseline on a coarse grid could not fill the budget
+    rules = {label: label in names and args.grid or policy.default_grid for label, policy in found.items()}
     target = find_target(args)
     plain = make_problem(args, rules)
     problems = set_budgets(plain, target)
-    problem, output = problems[name], Path(args.output)
+    problem, output = problems[names[0]], Path(args.output)
+    _check_open(args, names, found, problem.budgets)
     learning = learning_problem(problem)
     measuring = needs_measuring(args)
     if measuring:
-        check_measurable(problem.args, target, problem.space, rules[name])
+        check_measurable(problem.args, target, problem.space, rules[names[0]])
     check_kept(args, target, [label for label, policy in found.items() if policy.learns_budget])
     if is_primary(args):
         _prepare_output(args, output)
         keep_model(args, target)
     wait_for_all(args)
     if measuring:
-        target = build_target(problem.args, target, problem.space, rules[name])
+        target = build_target(problem.args, target, problem.space, rules[names[0]])
         problems = set_budgets(plain, target)
-        problem = problems[name]
+        problem = problems[names[0]]
         learning = dataclasses.replace(learning, budgets=problem.budgets, latency=problem.latency)
     say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
                f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
@@ -99,9 +93,30 @@ def search(args: Namespace, found: Mapping[str, type[policies.Policy]]) -> tuple
         say(args, f'the largest network has {macs(largest) / macs():.4f}x the base MACs: all widths searched are '
                   f'{problem.args.width_max:.4f}x, rounded')
     try:
-        return _run(args, problems, learning, found, options, name, target), target
+        return *_run(args, problems, learning, found, options, names, target), target
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; --resume '{output}' goes on") from None
+
+
+def _check_open(
+        args: Namespace,
+        names: Sequence[str],
+        found: Mapping[str, type[policies.Policy]],
+        budgets: Sequence[Budget],
+) -> None:
+    """Budgets without a limit, and sweeps, are for a policy that knows what to do with them."""
+    sweep, policy = parse_sweep(args.sweep), found[names[0]]
+    for budget in budgets:
+        if math.isinf(budget.limit) and (len(names) > 1 or not policy.weighs_cost):
+            raise UsageError(f"--budget {budget.text} has no limit, and {', '.join(names)} needs one: write "
+                             f'--budget {budget.text}=0.5x')
+    if sweep and (len(names) > 1 or not policy.sweeps):
+        raise UsageError(f"--sweep {' '.join(args.sweep)}: {', '.join(names)} cannot share the beginning of a training")
+    if unknown := [name for name in sweep if name not in policy.sweeps]:
+        raise UsageError(f"--sweep: {names[0]} sweeps {', '.join(policy.sweeps)}, not '{unknown[0]}'")
+    if sweep and (len(budgets) > 1 or math.isfinite(budgets[0].limit)):
+        raise UsageError('--sweep finds a network for each value: give one --budget without a limit, as in --budget '
+                         f"{budgets[0].text.partition('=')[0]}")
 
 
 def _run(
@@ -110,35 +125,75 @@ def _run(
         learning: Problem,
         found: Mapping[str, type[policies.Policy]],
         options: Mapping[str, Any],
-        name: str,
+        names: Sequence[str],
         target: Target,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[Entry]]:
     """The search, once it has a folder to write to."""
-    problem, output = problems[name], Path(args.output)
-    chosen: dict[str, list[Answer]] = {}
-    for policy in dict.fromkeys([name, *(b for b in map(policies.label, args.baselines) if b != BASE)]):
-        grid = problems[policy].grid
-        chosen[policy] = choose(dataclasses.replace(learning, grid=grid), policy, found[policy](
-            problem.space, problem.budgets, grid, options[policy], args.seed))
-    entries = list(_entries(args, problem, name, {policy: [a.choice for a in answers] for policy, answers in chosen.items()}))
-    rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **problem.costs(e.choice)} for e in entries]
-    for row, (ms, spread) in zip(rows, _times(problem, entries, target)):
+    output = Path(args.output)
+    chosen = {name: _choose(args, problems[name], learning, name, found[name], options[name]) for name in names}
+    budgets = [budget for budget, _, _ in chosen[names[0]]]
+    baselines = {}
+    for name in dict.fromkeys(map(policies.label, args.baselines)):
+        if name != BASE and name not in names:
+            problem = dataclasses.replace(problems[name], budgets=tuple(budgets))
+            baselines[name] = _choose(args, problem, learning, name, found[name], options[name])
+    entries = []
+    if BASE in args.baselines:
+        entries.append(Entry(BASE, Choice({}), problems[names[0]]))
+    for i, budget in enumerate(budgets):
+        entries += [Entry(name, found[i][1].choice, problems[name], budget) for name, found in baselines.items()]
+        for name in names:
+            folder = budget_folder(output / name if len(names) > 1 else output, [b.text for b in budgets], budget.text)
+            entries.append(Entry(name if len(names) > 1 else 'found', chosen[name][i][1].choice, problems[name], budget, folder))
+    rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **e.problem.costs(e.choice)} for e in entries]
+    for row, (ms, spread) in zip(rows, times(entries, target, args)):
         row['latency_ms'], row['latency_spread'] = ms, spread
-    rule, of_found = args.grid or found[name].default_grid, [row for e, row in zip(entries, rows) if e.name == 'found']
-    provenance = {row['budget']: _provenance(problem, rule, options[name], row, target, answer)
-                  for row, answer in zip(of_found, chosen[name], strict=True)}
+    told = {(name, budget.text): (answer, loss) for name in names for budget, answer, loss in chosen[name]}
+    for i, e in enumerate(entries):
+        if e.folder is None:
+            continue
+        name = names[0] if e.name == 'found' else e.name
+        answer, loss = told[name, e.budget.text]
+        rule = args.grid or found[name].default_grid
+        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, rule, options[name], rows[i], target, answer))
+        if not math.isnan(loss):
+            for row in rows:
+                row.setdefault('search_loss', '')
+            rows[i]['search_loss'] = round(loss, 4)
     if is_primary(args):
-        for e in entries:
-            if e.name != 'found':
-                continue
-            network = problem.model(e.choice, args.seed)
-            if not _is_saved(_folder(args, e), network):
-                save(network, _folder(args, e), provenance[e.budget.text], args.pretrained, problem.config)
+        save_found(entries, args)
     if args.epochs:
-        _train_all(problem, entries, rows, provenance)
+        train_all(entries, rows, args)
     if is_primary(args):
         write_table(rows, output / 'summary.csv')
-    return rows
+    return rows, entries
+
+
+def _choose(
+        args: Namespace,
+        problem: Problem,
+        learning: Problem,
+        name: str,
+        policy: type[policies.Policy],
+        options: Any,
+) -> list[tuple[Budget, Answer, float]]:
+    """What a policy chooses: for each budget (whose limit, if it has none, is the network's cost) a network, its search loss."""
+    learning = dataclasses.replace(learning, grid=problem.grid, budgets=problem.budgets)
+
+    def make(point: Mapping[str, float]) -> policies.Policy:
+        return policy(problem.space, problem.budgets, problem.grid, dataclasses.replace(options, **point), args.seed)
+
+    def closed(budget: Budget, answer: Answer, point: str = '') -> Budget:
+        if math.isfinite(budget.limit):
+            return budget
+        return Budget(budget.cost, budget.cost(*answer.choice), f'{budget.text} {point}'.strip())
+
+    if (sweep := parse_sweep(args.sweep)) and policy.sweeps:
+        found = choose_sweep(learning, name, make, sweep)
+        return [(closed(problem.budgets[0], answer, point), answer, loss) for point, answer, loss in found]
+    one = make({})
+    return [(closed(budget, answer), answer, one.search_loss) for budget, answer in zip(
+        problem.budgets, choose(learning, name, one), strict=True)]
 
 
 def _prepare_output(args: Namespace, output: Path) -> None:
@@ -162,116 +217,7 @@ def _earlier_folders(output: Path) -> list[str]:
     return [folder_name(text) for text in texts if re.fullmatch(r'\s*\w+\s*=[\s\w.]+', text)]
 
 
-def _entries(args: Namespace, problem: Problem, name: str, chosen: Mapping[str, Sequence[Choice]]) -> Iterator[_Entry]:
-    """Base, then for every budget its baselines and what was found."""
-    if BASE in args.baselines:
-        yield _Entry(BASE, Choice({}))
-    for i, budget in enumerate(problem.budgets):
-        for baseline in map(policies.label, args.baselines):
-            if baseline != BASE:
-                yield _Entry(baseline, chosen[baseline][i], budget)
-        yield _Entry('found', chosen[name][i], budget)
-
-
-def _folder(args: Namespace, entry: _Entry) -> Path:
-    """Where a found network is saved: --output itself, or a folder for each of several budgets."""
-    return _budget_folder(args, entry.budget.text)
-
-
-def _budget_folder(args: Namespace, budget: str) -> Path:
-    """--output itself for a single budget, unless that holds the network of another one, which is not replaced."""
-    output = Path(args.output)
-    if len(args.budget) == 1 and (
-            not (output / 'config.json').is_file() or load_spec(output).provenance.get('budget') == budget):
-        return output
-    return output / folder_name(budget)
-
-
-def _is_saved(folder: Path, network: nn.Module) -> bool:
-    """Whether the folder holds that network, of the run that goes on."""
-    return (folder / 'config.json').is_file() and load_spec(folder).shapes == fingerprint(network)
-
-
-def _is_trained(folder: Path, epochs: int) -> bool:
-    """Whether what the folder holds has been trained, for so long."""
-    return (folder / 'config.json').is_file() and load_spec(folder).provenance.get('train') == {'epochs': epochs}
-
-
-def _times(problem: Problem, entries: Sequence[_Entry], target: Target) -> list[tuple[float, float]]:
-    """Milliseconds per image of every network on this machine, and how far the measured times lie apart (`Timing.spread`)."""
-    args = problem.args
-    if not is_primary(args):
-        return [(0., 0.)] * len(entries)
-    names = [json.dumps([{n: w for n, w in e.choice.widths.items() if w != problem.space[n].size}, e.choice.skips], sort_keys=True)
-             for e in entries]
-    networks = {name: problem.model(e.choice, args.seed) for name, e in zip(names, entries)}  # what is the same, once
-    times = target.measure(networks, problem.space.input_size)
-    return [(round(times[name].ms, 4), round(times[name].spread, 4)) for name in names]
-
-
-def _train_all(
-        problem: Problem,
-        entries: Sequence[_Entry],
-        rows: Sequence[dict[str, Any]],
-        provenance: Mapping[str, dict],
-) -> None:
-    """Trains every network under every seed; adds their accuracy to the rows, and saves what was found under the first seed."""
-    args, state = problem.args, Path(problem.args.output) / 'search'
-    metric = metric_name(args)
-    journal = Journal(state / 'results.jsonl', args)
-    trained = of_primary(args, [e.name == 'found' and _is_trained(_folder(args, e), args.epochs) for e in entries])
-    training, validation = problem.training_batches(), problem.held_batches()
-    scores: dict[int, list[float]] = {i: [] for i in range(len(entries))}
-
-    def train(entry: _Entry, seed: int) -> float:
-        title = f"{entry.name}{f' ({entry.budget.text})' if entry.budget else ''}, seed {seed}"
-        say(args, f'training {title}, for {args.epochs} epochs')
-        checkpoint = state / f"{title.replace(' ', '-')}-{args.epochs}.pth.tar"
-        warmup = min(args.warmup_epochs, args.epochs / 5)
-        result = Training(problem.model(entry.choice, seed), training, args, args.epochs, title, warmup, seed=seed).run(
-            checkpoint, after_epoch(args, title))
-        found = top1(result, validation, args)
-        if is_primary(args):
-            if entry.name == 'found' and seed == args.seed:
-                said = {**provenance[entry.budget.text], 'train': {'epochs': args.epochs}}
-                save(result, _folder(args, entry), said, data_config=problem.config)
-            checkpoint.unlink(missing_ok=True)
-        return found
-
-    order = sorted(range(len(entries)), key=lambda i: entries[i].name != 'found')  # the baselines may be interrupted
-    for seed in range(args.seed, args.seed + args.seeds):
-        for at, i in enumerate(order):
-            e = entries[i]
-            twin = next((j for j in order[:at] if entries[j].choice == e.choice), None)
-            if twin is not None and e.name != 'found':
-                scores[i].append(scores[twin][-1])
-                continue
-            saves = e.name == 'found' and seed == args.seed  # known already is no reason to end without its weights
-            anew = saves and not trained[i]
-            key = [e.budget.text if saves else '', *e.choice, seed, args.epochs]
-            scores[i].append(journal.recall(key, partial(train, e, seed), anew))
-    for i, row in enumerate(rows):
-        found = torch.tensor(scores[i], dtype=torch.float64)
-        row[metric] = round(found.mean().item(), 2)
-        row[f'{metric}_std'] = round(found.std().item(), 2) if args.seeds > 1 else ''
-    for e in entries:
-        if e.name == 'found' and is_primary(args):
-            path = _folder(args, e) / 'config.json'
-            _add_results(path, [row for row in rows if row['budget'] in ('', e.budget.text)])
-
-
-def _add_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the final table into a config's provenance, where `baseline` is empty so far."""
-    config = json.loads(path.read_text())
-    said = config['timm_width']
-    said['baseline'] = {row['network']: row for row in rows if row['network'] != 'found'}
-    said.update({k: rows[-1][k] for k in METRICS if k in rows[-1]})
-    beside = path.with_name('.config.json.saving')
-    beside.write_text(json.dumps(config, indent=2))
-    beside.replace(path)
-
-
-def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any], target: Target,
+def _provenance(problem: Problem, name: str, rule: str, options: Any, row: Mapping[str, Any], target: Target,
                 answer: Answer) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
@@ -281,7 +227,7 @@ def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any
     kept = {n: list(steps) for n, steps in answer.choice.channels.items()}
     channels = {'channels': {**answer.source, 'kept': kept}} if kept else {}  # what train --inherit cuts from the shared network
     return {
-        'policy': policies.label(args.policy), 'options': dataclasses.asdict(options), 'seed': args.seed,
+        'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in answer.grid.items()}},
         'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs,
@@ -291,7 +237,7 @@ def _provenance(problem: Problem, rule: str, options: Any, row: Mapping[str, Any
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Parses, searches, and prints the table."""
     args, found = parse(argv)
-    rows, target = search(args, found)
+    rows, entries, target = search(args, found)
     if not is_primary(args):
         return
     print_table(rows, str(target))
@@ -301,8 +247,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'({target.elsewhere}: measured and predicted times do not compare)')
     trained = ', pretrained=True' if args.epochs or args.pretrained else ''
     print()
-    for budget in args.budget:
-        path = _budget_folder(args, budget)
+    for path in (e.folder for e in entries if e.folder is not None):
         base = load_spec(path).architecture.removesuffix(SUFFIX)
         ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
         print(f"The found model: {ready}; timm.create_model('local-dir:{path}'{trained})")

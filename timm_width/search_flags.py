@@ -17,7 +17,7 @@ from .problem import parse_proxy
 from .space import MAX_GROWTH
 from .target import add_target_arguments
 
-__all__ = ['BASE', 'check_search_arguments', 'parse', 'read_args']
+__all__ = ['BASE', 'check_search_arguments', 'parse', 'parse_sweep', 'policy_names', 'read_args']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
                  'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
@@ -28,8 +28,8 @@ SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512,
 BASE = 'base'
 BASELINES = [BASE, 'uniform']
 # what may be another when a search goes on: nothing that decides what the policy has learned so far
-FREE = ('budget', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem', 'latency_model',
-        'latency_backend', 'latency_precision', 'latency_batch', 'latency_threads', 'latency_samples')
+FREE = ('budget', 'sweep', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem',
+        'latency_model', 'latency_backend', 'latency_precision', 'latency_batch', 'latency_threads', 'latency_samples')
 
 
 def parse(
@@ -53,12 +53,18 @@ def parse(
     parser = Parser(prog='timm-width search', description=description, allow_abbrev=False)
     group = parser.add_argument_group('search')
     group.add_argument('--policy', required=not known.policy, metavar='NAME',
-                       help=f"one of {', '.join(policies.names())}, or a file of yours; --policy NAME --help shows its options")
+                       help=f"one of {', '.join(policies.names())}, or a file of yours; --policy NAME --help shows its options; "
+                            'several with commas between them are compared')
     group.add_argument('--budget', required=not earlier, nargs='+', metavar='COST=LIMIT',
                        help='macs=150M, params=2M, latency=0.5ms (per image), or a ratio of the base: macs=0.5x; one network is '
-                            'found for each')
-    length = policies.load(known.policy).search_epochs if known.policy else "the paper's"
-    group.add_argument('--search-epochs', type=int, metavar='N', help=f"length of the policy's own training (default: {length})")
+                            'found for each; for a policy that weighs costs itself, the name alone will do')
+    group.add_argument('--sweep', nargs='+', default=[], metavar='OPTION=VALUES',
+                       help='try several values of options, as in alpha=0.2,0.4 lam=0.4,0.85, from one shared beginning: a '
+                            'network for each value of the first, with those of the others that have the best search loss')
+    searching = policy_names(known.policy or '')
+    length = policies.load(searching[0]).search_epochs if len(searching) == 1 else policies.Policy.search_epochs
+    usual = length if searching else "the paper's"
+    group.add_argument('--search-epochs', type=int, metavar='N', help=f"length of the policy's own training (default: {usual})")
     group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
                        help='part of the training images on which the policy chooses')
     group.add_argument('--proxy', default='', metavar='HOW',
@@ -86,7 +92,7 @@ def parse(
     group.add_argument('--resume', metavar='FOLDER', help='go on with the search in that folder; flags come from there, and '
                        '--budget, --baselines, --seeds and --epochs may be others')
     found = {}
-    for name in dict.fromkeys([known.policy, *known.baselines]):
+    for name in dict.fromkeys([*(searching or [None]), *known.baselines]):
         label = policies.label(name) if name else BASE
         if name and (label in found or name != BASE and label == BASE):
             raise UsageError(f"--policy and --baselines name two policies '{label}': give '{name}' another name")
@@ -105,7 +111,7 @@ def parse(
         if changed:
             raise UsageError(f"--resume '{known.resume}': the search there was run with " + ', '.join(
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
-        learned = [name for name in (earlier['policy'], *earlier.get('baselines', ())) if name != BASE and
+        learned = [name for name in (*policy_names(earlier['policy']), *earlier.get('baselines', ())) if name != BASE and
                    policies.label(name) in found and found[policies.label(name)].learns_budget]
         if learned and any(getattr(args, k) != earlier.get(k) for k in ('budget', 'latency_model')):
             model = f" by --latency-model {earlier['latency_model']}" if earlier.get('latency_model') else ''
@@ -113,8 +119,29 @@ def parse(
                              f"{' '.join(map(str, earlier.get('budget', ())))}{model}, and knows nothing of others: they need "
                              'another --output')
     elif args.search_epochs is None:
-        args.search_epochs = found[policies.label(known.policy)].search_epochs
+        args.search_epochs = length
     return args, found
+
+
+def policy_names(policy: str) -> list[str]:
+    """The names in --policy, in their order."""
+    return list(dict.fromkeys(name.strip() for name in policy.split(',') if name.strip()))
+
+
+def parse_sweep(texts: Sequence[str]) -> dict[str, list[float]]:
+    """Reads ['alpha=0.2,0.4', 'lam=0.4,0.85'].
+
+    Raises:
+        UsageError: With what would be right.
+    """
+    found: dict[str, list[float]] = {}
+    for text in texts:
+        name, _, values = text.partition('=')
+        try:
+            found[name] = list(dict.fromkeys(float(v) for v in values.split(',')))
+        except ValueError:
+            raise UsageError(f"--sweep '{text}' is not a sweep: write an option and its values, as in alpha=0.2,0.4") from None
+    return found
 
 
 def read_args(folder: str) -> dict[str, Any]:
@@ -136,7 +163,10 @@ def check_search_arguments(args: Namespace, found: Mapping[str, type[policies.Po
         raise UsageError(f'--search-holdout must be between 0 and 1, not {args.search_holdout:g}')
     if len(set(args.budget)) < len(args.budget):
         raise UsageError(f"--budget {' '.join(args.budget)} names one twice")
+    parse_sweep(args.sweep)
     for name, policy in found.items():
+        if args.model_ema and policy.shrinks:
+            raise UsageError(f'--model-ema cannot be used with the policy {name}: it removes parts of the network as it trains')
         if mixes(args) and policy.trains() and not policy.mixup:
             raise UsageError(f'--mixup and --cutmix cannot be used with the policy {name}: it needs the class of every image')
     if not args.resume:

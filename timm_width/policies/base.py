@@ -170,7 +170,9 @@ class Policy(ABC):
         architecture_share: Share of the training images that come last in every epoch, apart from the others: for a policy that
             trains an architecture on other images than the weights.
         shrinks: Whether training removes parts of the network.
+        sweeps: Options of which a search may try several values after one shared beginning (`shared_epochs`).
         weighs_cost: Whether a budget may have no limit, since the policy weighs costs against accuracy.
+        search_loss: What tells which of two searches was the better, without a score, once it is trained: less is.
         free_options: Options that only `choose` reads, so that a search that goes on may be given others.
         notes: Lines on what the policy did, for whoever runs it to show; they may take them away.
     """
@@ -181,6 +183,8 @@ class Policy(ABC):
     learns_budget: bool = False
     architecture_share: float = 0.
     shrinks: bool = False
+    sweeps: tuple[str, ...] = ()
+    search_loss: float = math.nan
     weighs_cost: bool = False
     free_options: tuple[str, ...] = ()
 
@@ -230,6 +234,10 @@ class Policy(ABC):
     @property
     def evaluations(self) -> int:
         """About how often `choose` will ask for a score: for the progress bar."""
+        return 0
+
+    def shared_epochs(self, epochs: int) -> int:
+        """How many of the first epochs do not depend on the options of `sweeps`."""
         return 0
 
     @property

@@ -31,8 +31,8 @@ class Prunode(Policy):
     - A layer is sum_i a_i B_i(x) (3), with a from a Gumbel-softmax of constant temperature over its candidates (4); its cost is
       sum_i a_i LAT(B_i) (5), and that of a candidate is of its two widths, by a Gumbel-softmax of their own.
     - 3.2.1, `widths`: each candidate runs with a small and a large mask on its hidden channels, which Algorithm 1 moves
-      (masking.py). If not, candidates keep their width: that, with `threshold` none and `skip` candidate, is the FBNet baseline of Table 3, on
-      a network that has several expansions of each block as candidates.
+      (masking.py). If not, candidates keep their width: that, with `threshold` none and `skip` candidate, is the FBNet
+      baseline of Table 3, on a network that has several expansions of each block as candidates.
     - 3.2.2, `threshold`: after each epoch, candidates whose probability is below t(e) are removed (6), the least likely first;
       `constant` keeps t at its first value (B.1).
     - 3.2.3, `skip`: where a residual layer would lose its last but one candidate, the skip connection takes its place: until one
@@ -56,9 +56,9 @@ class Prunode(Policy):
     default_grid = 'prunode'
     search_epochs = 200
     architecture_share = 0.2
+    sweeps = ('alpha', 'beta', 'lam', 'phi', 't_final', 'arch_lr', 'mask_lr')
     shrinks = True
     weighs_cost = True
-    learns_budget = True
 
     @dataclass(frozen=True)
     class Options:
@@ -95,15 +95,14 @@ class Prunode(Policy):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if len(self.budgets) != 1:
-            raise PolicyError(f'prunode learns for one budget, not for {len(self.budgets)}: give one, or --sweep alpha=...')
+        if len({b.cost.unit for b in self.budgets}) > 1:
+            raise PolicyError('prunode weighs one cost: give budgets of the same one')
         self.layers: list[Layer] = []
         self.mixtures: list[Mixture] = []
         self.costs: list[list[list[float]]] = []  # of each layer, candidate and level, in the unit of the loss
         self.rest = 0.  # what all layers together do not cost
         self.epochs = 1
         self.loss_sum, self.loss_count = 0., 0  # of the batches of an epoch that train the architecture
-        self.search_loss = math.nan
 
     # -- the network -------------------------------------------------------------------------------------------
 
@@ -161,8 +160,11 @@ class Prunode(Policy):
 
     @property
     def warmup_epochs(self) -> int:
-        """e_warmup; one epoch at least is left for the architecture."""
-        return min(round(self.options.warmup * self.epochs), self.epochs - 1)
+        """e_warmup."""
+        return self.shared_epochs(self.epochs)
+
+    def shared_epochs(self, epochs: int) -> int:
+        return min(round(self.options.warmup * epochs), epochs - 1)  # one at least is left for the architecture
 
     def _sample(self, step: Step) -> torch.Tensor:
         """Draws the coefficients of all layers and masks (eq. 4), and returns what they cost (eq. 5)."""
@@ -251,7 +253,7 @@ class Prunode(Policy):
     # -- the answer --------------------------------------------------------------------------------------------
 
     def choose(self, evaluate: Evaluate) -> Sequence[Choice]:
-        widths, skips = {name: self.grid[name][-1] for name in self.grid}, []
+        widths, skips = self.largest, []
         for layer, m, (blocks, masks) in zip(self.layers, self.mixtures, self.places):
             probable = self._probabilities(m, blocks)
             best = max(probable, key=lambda i: (probable[i], i >= 0)) if probable else -1
@@ -264,28 +266,30 @@ class Prunode(Policy):
                 prunode = m.candidates[str(i)]
                 level = prunode.levels[0 if float(self.theta[masks[i]]) < 0 else -1]
                 widths |= prunode.widths[level - 1]
-        budget = self.budgets[0]
-        self.notes.append(f'alpha {self.options.alpha:g} found {budget.cost.show(budget.cost(widths, skips))}, search loss '
+        cost = self.budgets[0].cost
+        self.notes.append(f'alpha {self.options.alpha:g} found {cost.show(cost(widths, skips))}, search loss '
                           f'{self.search_loss:.4f}')
-        if math.isfinite(budget.limit):
-            shape = {name: w / self.space[name].size for name, w in widths.items()}
-            widths = fill_budget(self.space, budget, {name: self.grid[name] for name in widths}, shape, skips)
-        return [Choice(widths, tuple(skips))]
+        grid, shape = {name: self.grid[name] for name in widths}, {name: w / self.space[name].size for name, w in widths.items()}
+        return [Choice(fill_budget(self.space, budget, grid, shape, skips) if math.isfinite(budget.limit) else widths, tuple(skips))
+                for budget in self.budgets]
 
     # -- resuming ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        layers = [{'left': m.left, 'skip': m.skip, 'scales': list(m.scales), 'masks': [
+        layers = [{'left': m.left, 'skip': m.skip, 'masks': [
             None if c.masks is None else asdict(c.masks) for c in m.candidates.values()]} for m in self.mixtures]
-        return {'theta': self.theta.detach().clone(), 'adam': self.adam.state_dict(), 'layers': layers, 'epochs': self.epochs,
-                'search_loss': self.search_loss}
+        return {'cost': self.budgets[0].cost.unit, 'theta': self.theta.detach().clone(), 'adam': self.adam.state_dict(),
+                'layers': layers, 'epochs': self.epochs, 'search_loss': self.search_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (unit := self.budgets[0].cost.unit) != state['cost']:
+            raise PolicyError(f"its blocks were chosen by {state['cost']}, not by {unit}")
         for m, found in zip(self.mixtures, state['layers'], strict=True):
             for i in m.left:
                 if i not in found['left']:
                     m.remove(i)
-            m.skip, m.scales = found['skip'], tuple(found['scales'])
+            m.skip = found['skip']
+            m.scales = (self.options.phi, self.options.lam) if self.options.skip == 'late' else (1., 1.)
             for prunode, masks in zip(m.candidates.values(), found['masks'], strict=True):
                 prunode.masks = None if masks is None else Masks(**masks)
         self.theta.data.copy_(state['theta'])
