@@ -7,6 +7,7 @@ __all__ = ['Masks']
 SLACK = 0.8  # the algorithm's c: how far below 1 the small mask is kept, in distances
 MAX_DISTANCE = 0.6
 MOMENTUM = 0.4
+MAX_WEIGHT = 1.  # in the lower corner: odds of 3 to 1
 
 
 @dataclass
@@ -39,21 +40,22 @@ class Masks:
         """Whether the masks are next to one another: they move no more, and the weight decides between them."""
         return (self.l - self.s) * self.levels <= 1
 
-    def step(self, weight: float, progress: float) -> bool:
+    def step(self, weight: float, progress: float) -> float:
         """The procedure update_masks, after each step of the architecture weight.
 
         The printed algorithm leaves the body of `else` empty; its comment asks that s not be negative. There the weight is not
-        reset, and what speaks against the small mask adds up.
+        reset, and what speaks for the small mask adds up; here, up to MAX_WEIGHT: steps of Adam would take it to where the
+        softmax has no slope, and a best width of a tenth of the channels would be missed for good (measured).
 
         Args:
             weight: The architecture weight of the large mask less that of the small one.
             progress: Share of the architecture's training that is done.
 
         Returns:
-            Whether the weight must be reset to 0.
+            What the weight is to be set to.
         """
         if self.converged:
-            return False
+            return weight
         self.update = self.update * MOMENTUM + weight
         distance = MAX_DISTANCE * (1 - progress) ** 2
         self.s += self.update
@@ -61,7 +63,7 @@ class Masks:
         self.s = min(self.s, 1 - SLACK * distance) if reset else 0.
         self.l = self.s + distance
         self._round()
-        return reset
+        return 0. if reset else max(weight, -MAX_WEIGHT)
 
     def _round(self) -> None:
         self.small = min(max(round(self.s * self.levels), 1), self.levels - 1)

@@ -193,8 +193,8 @@ class Prunode(Policy):
         weights = self.theta.detach().tolist()
         for m, (_, masks) in zip(self.mixtures, self.places):
             for i, prunode in zip(m.left, m.candidates.values()):
-                if prunode.masks is not None and prunode.masks.step(self.options.mask_lr * weights[masks[i]], progress):
-                    self.theta.data[masks[i]] = 0
+                if prunode.masks is not None:
+                    self.theta.data[masks[i]] = prunode.masks.step(self.options.mask_lr * weights[masks[i]], progress)
 
     # -- pruning -----------------------------------------------------------------------------------------------
 
