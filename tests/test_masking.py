@@ -51,9 +51,9 @@ def test_the_first_steps_by_hand():
 
 def test_at_the_lower_corner_the_weight_is_kept():
     masks = Masks(16)
-    assert masks.step(-2.5, 0.) == -2.5  # what speaks for the small mask adds up
+    assert masks.step(-0.8, 0.) == -0.8  # what speaks for the small mask adds up
     assert (masks.s, masks.l) == pytest.approx((0., 0.6)) and masks.small == 1
-    assert masks.step(-4., 0.) == -3
+    assert masks.step(-4., 0.) == -1
 
 
 def test_masks_next_to_one_another_stay():
