@@ -423,7 +423,9 @@ def test_a_search_and_what_may_change_when_it_goes_on(image_folder, tmp_path, ca
     assert ' sampled' in capsys.readouterr().out and (run / 'search' / 'dmcp.pth.tar').read_bytes() == checkpoint
 
 
-def test_chains_of_another_grid_are_refused():
+def test_grids_without_a_choice_and_chains_of_others_are_refused():
+    with pytest.raises(PolicyError, match='one width for every group'):
+        DMCP(SPACE, budgets(), {name: (8,) for name in GRID})
     policy = make()
     with pytest.raises(PolicyError, match='of another grid, or of other budgets'):
         policy.load_state_dict(make('macs=0.5x', 'macs=0.3x').state_dict())

@@ -55,7 +55,8 @@ class DMCP(Policy):
     their factor of 0.9999 for every 10 of these updates comes to. And chains start, by `initial` budget, with one transition for
     all, at which their expected cost is on the budget. With `initial` zero, theirs, alpha is 0 and each transition 0.5: that is
     little more than the smallest network, and takes long to leave (in 1,000 updates of MobileNetV2, the budget loss alone brings
-    what is expected from 19 % to 33 % of 150M MACs).
+    what is expected from 19 % to 33 % of 150M MACs). Some hundred updates leave all transitions near to where they start, which
+    the note on the answer shows: raise `lr` then.
 
     Gates act on the outputs of normalisations; in their MobileNetV2, on those of the ReLU6 behind. Groups without a normalisation
     keep their base width. Of several budgets, each has chains of its own, an update in every batch, and its turn to draw networks;
@@ -110,6 +111,8 @@ class DMCP(Policy):
         return network
 
     def _start(self) -> None:
+        if all(len(widths) == 1 for widths in self.grid.values()):
+            raise PolicyError(f'dmcp: the grid has one width for every group of {self.space.architecture}: nothing is left to learn')
         self.chains = [Chains(self.grid, self.options.transition) for _ in self.budgets]
         if self.options.initial == 'budget':
             for chains, budget in zip(self.chains, self.budgets):
@@ -181,7 +184,9 @@ class DMCP(Policy):
         for chains, budget in zip(self.chains, self.budgets):
             show, limit = budget.cost.show, budget.limit
             expected = chains.expected(budget.cost).item()
-            said = f'{budget.text}: {show(type(limit)(expected))} expected ({100 * expected / limit:.1f} % of the budget)'
+            p = torch.cat([*chains.transitions().values()])
+            said = (f'{budget.text}: {show(type(limit)(expected))} expected ({100 * expected / limit:.1f} % of the budget), '
+                    f'transitions {p.min():.2f} to {p.max():.2f}')
             if self.options.result == 'sampled':
                 drawn, told = self._sampled(chains, budget)
                 found = max(drawn, key=lambda widths: evaluate(widths, statistics='recalibrated').rank) if drawn[1:] else drawn[0]
