@@ -424,7 +424,7 @@ def test_a_search_and_what_may_change_when_it_goes_on(image_folder, tmp_path, ca
 
 
 def test_grids_without_a_choice_and_chains_of_others_are_refused():
-    with pytest.raises(PolicyError, match='one width for every group'):
+    with pytest.raises(PolicyError, match='has one width to choose from: give another --grid'):
         DMCP(SPACE, budgets(), {name: (8,) for name in GRID})
     policy = make()
     with pytest.raises(PolicyError, match='of another grid, or of other budgets'):

@@ -112,7 +112,7 @@ class DMCP(Policy):
 
     def _start(self) -> None:
         if all(len(widths) == 1 for widths in self.grid.values()):
-            raise PolicyError(f'dmcp: the grid has one width for every group of {self.space.architecture}: nothing is left to learn')
+            raise PolicyError(f'dmcp: every group of {self.space.architecture} has one width to choose from: give another --grid')
         self.chains = [Chains(self.grid, self.options.transition) for _ in self.budgets]
         if self.options.initial == 'budget':
             for chains, budget in zip(self.chains, self.budgets):
