@@ -305,7 +305,7 @@ def test_a_block_of_which_an_inner_group_is_dead_does_nothing(name):
     assert dead_blocks(space, [n for n in space.searchable if n not in inner])[-1:] != [space.blocks[-1].name]
 
 
-class Paths(nn.Module):
+class Joined(nn.Module):
     """A block of two paths side by side."""
 
     def __init__(self):
@@ -316,12 +316,23 @@ class Paths(nn.Module):
         return x + self.join(torch.cat([self.a(x), self.b(x)], 1))
 
 
-def test_a_block_stays_while_one_of_its_paths_lives():
-    model = nn.Sequential(_layer(3, 4, 3), Paths(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Sequential(_layer(4, 4, 3), nn.Conv2d(4, 4, 1)), nn.Sequential(_layer(4, 4, 1), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x):
+        return x + (self.a(x) + self.b(x))
+
+
+@pytest.mark.parametrize('block', [Joined, Added])
+def test_a_block_stays_while_one_of_its_paths_lives(block):
+    model = nn.Sequential(_layer(3, 4, 3), block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     space = trace(model, (3, 16, 16))
     assert [b.name for b in space.blocks] == ['1']
-    assert dead_blocks(space, ['1.a.0']) == dead_blocks(space, ['1.b.0']) == dead_blocks(space, ['0.0']) == []
-    assert dead_blocks(space, ['1.a.0', '1.b.0']) == ['1']
+    a, b = (next(n for n in space.searchable if n.startswith(f'1.{path}.')) for path in 'ab')
+    assert dead_blocks(space, [a]) == dead_blocks(space, [b]) == dead_blocks(space, ['0.0']) == []
+    assert dead_blocks(space, [a, b]) == ['1']
 
 
 class Blocks(_Net):
@@ -352,7 +363,7 @@ def test_a_dead_block_is_removed_and_what_it_cost_is_spent():
     without, whole = policy.choose(None)
     assert without.skips == ('blocks.1',) and whole.skips == () and whole.widths[inner] >= 1
     macs = Macs(space)
-    assert 0.9 * budgets[0].limit < macs(*without) <= budgets[0].limit
+    assert macs(*without) <= budgets[0].limit < macs(without.widths)
     assert any('must stay' in note for note in policy.notes)
     smaller = resize(Blocks(), space, *without)
     assert trace(smaller, (3, 16, 16)).macs() == macs(*without)
