@@ -62,7 +62,7 @@ def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[A
     training, held = problem.training_batches(), problem.held_batches()
     network, source = None, {}
     if policy.trains():
-        model, space = problem.largest(args.seed)
+        model, space = problem.traced(policy.start, args.seed)
         shared = policy.prepare(model, space)
         _say_notes(args, name, policy)
         trained = Training(shared, training, args, args.search_epochs, f'search ({name})', warmup, policy.train_step,
@@ -110,6 +110,7 @@ def after_epoch(args: Namespace, name: str, policy: Optional[policies.Policy] = 
     def told(training: Training, loss: float, lr: float) -> None:
         if policy is not None:
             policy.epoch_end(training.epoch - 1)
+            _say_notes(args, name, policy)
         if is_primary(args) and not sys.stdout.isatty():
             print(f'{name}: epoch {training.epoch} of {training.epochs}, loss {loss:.3f}', flush=True)
     return told

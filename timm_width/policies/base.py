@@ -197,11 +197,16 @@ class Policy(ABC):
     def smallest(self) -> dict[str, int]:
         return {name: widths[0] for name, widths in self.grid.items()}
 
+    @property
+    def start(self) -> Mapping[str, int]:
+        """Widths of the model that `prepare` is given; groups left out have their base width."""
+        return self.largest
+
     def prepare(self, model: nn.Module, space: WidthSpace) -> nn.Module:
         """Makes the network to train.
 
         Args:
-            model: The model at the grid's largest widths.
+            model: The model at the widths of `start`, the grid's largest.
             space: The width space traced from it; its groups have the names of `self.space`.
         """
         return Supernet(model, space)
@@ -281,7 +286,13 @@ class Policy(ABC):
         return cls.train_step is not Policy.train_step
 
 
-def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[str, float]) -> dict[str, int]:
+def fill_budget(
+        space: WidthSpace,
+        budget: Budget,
+        grid: Grid,
+        shape: Mapping[str, float],
+        skips: Sequence[str] = (),
+) -> dict[str, int]:
     """Scales a shape by one factor, found by bisection, to the largest network that meets the budget.
 
     Args:
@@ -289,6 +300,7 @@ def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[st
         budget: What to meet.
         grid: Group -> widths to round to.
         shape: Group -> ratio of its base width, before the factor.
+        skips: Residual blocks that are left out.
 
     Returns:
         Group -> width, on the grid.
@@ -297,11 +309,11 @@ def fill_budget(space: WidthSpace, budget: Budget, grid: Grid, shape: Mapping[st
         return {name: _nearest(widths, factor * shape[name] * space[name].size) for name, widths in grid.items()}
 
     low, high = 0.0, max(widths[-1] / (shape[name] * space[name].size) for name, widths in grid.items())
-    if budget.met(scaled(high)):
+    if budget.met(scaled(high), skips):
         return scaled(high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if budget.met(scaled(middle)) else (low, middle)
+        low, high = (middle, high) if budget.met(scaled(middle), skips) else (low, middle)
     return scaled(low)
 
 
