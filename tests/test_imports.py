@@ -17,7 +17,7 @@ ORDER = [
     {'factors', 'moving'},
     {'config', 'cost', 'elimination', 'supernet'},
     {'solve'},
-    {'assignment', 'bins', 'budget', 'tables'},
+    {'assignment', 'bins', 'budget', 'markov', 'tables'},
     {'resize'},
     {'bindings'},
     {'ledger'},

@@ -540,7 +540,7 @@ def test_policies_know_neither_timm_nor_the_engine_nor_one_another():
 
 def test_policies_are_found_without_entry_points(monkeypatch):
     monkeypatch.setattr(policies, 'entry_points', lambda **_: [])
-    assert set(policies.names()) == {'aows', 'autoslim', 'cafenet', 'greedy', 'ows', 'random', 'uniform'}
+    assert set(policies.names()) == {'aows', 'autoslim', 'cafenet', 'dmcp', 'greedy', 'morphnet', 'ows', 'random', 'uniform'}
     assert {name: policies.load(name).__name__ for name in ('uniform', 'greedy', 'ows', 'aows')} == {
         'uniform': 'Uniform', 'greedy': 'Greedy', 'ows': 'OWS', 'aows': 'AOWS'}
 

@@ -110,7 +110,7 @@ def _train(
 ) -> nn.Module:
     """Trains a policy's shared network, or only its first epochs."""
     args = problem.args
-    model, space = problem.largest(args.seed)
+    model, space = problem.traced(policy.start, args.seed)
     network = policy.prepare(model, space)
     _say_notes(args, name, policy)
     trained = Training(network, batches, args, args.search_epochs, f'search ({name})', _warmup(args), policy.train_step,
@@ -170,6 +170,7 @@ def after_epoch(args: Namespace, name: str, policy: Optional[policies.Policy] = 
     def told(training: Training, loss: float, lr: float) -> None:
         if policy is not None:
             policy.epoch_end(training.epoch - 1)
+            _say_notes(args, name, policy)
         if is_primary(args) and not sys.stdout.isatty():
             print(f'{name}: epoch {training.epoch} of {training.epochs}, loss {loss:.3f}', flush=True)
     return told

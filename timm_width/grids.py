@@ -70,6 +70,7 @@ def _bins(base: int, step: int, low: float, high: float, number: float) -> list[
 
 GRIDS: dict[str, _Rule] = {
     'multiples': _Rule(_multiples, 0.1, 1.0, 0, 'all multiples of --width-divisor'),
+    'all': _Rule(_multiples, 0.0, MAX_GROWTH, 0, 'every width; --width-divisor is 1', 1),
     'aows': _Rule(_aows, 0.2, 1.5, 14, '14 even ratios'),
     'autoslim': _Rule(_autoslim, 0.15, 1.5, 12, 'down in 12ths of the largest width'),
     'dmcp': _Rule(_dmcp, 0.1, 1.0, 0.1, 'down in tenths of the base width; --width-divisor is 1', 1, 'a share'),

@@ -66,7 +66,11 @@ class Problem:
 
     def largest(self, seed: int) -> tuple[nn.Module, WidthSpace]:
         """The model at the grid's largest widths, from which all others are cut, and its own width space."""
-        model = self.model(Choice({name: widths[-1] for name, widths in self.grid.items()}), seed)
+        return self.traced({name: widths[-1] for name, widths in self.grid.items()}, seed)
+
+    def traced(self, widths: Mapping[str, int], seed: int) -> tuple[nn.Module, WidthSpace]:
+        """The model at some widths, and its own width space."""
+        model = self.model(Choice(widths), seed)
         return model, trace(model, self.space.input_size)
 
     def training_batches(self, aside: float = 0.) -> Union[DataLoader, TwoParts]:

@@ -223,7 +223,7 @@ def train_supernet(problem: Problem, policy: Policy) -> tuple[Holdout, dict[str,
     """Trains the shared network as `timm-width search` does, and returns what scores it, and how the training went."""
     args, output = problem.args, Path(problem.args.output)
     batches = problem.training_batches()
-    model, space = problem.largest(args.seed)
+    model, space = problem.traced(policy.start, args.seed)
     warmup = min(args.warmup_epochs, args.search_epochs / 5)
     training = Training(policy.prepare(model, space), batches, args, args.search_epochs, 'supernet', warmup, policy.train_step)
     start, said = (time.perf_counter(), time.process_time()), {}

@@ -67,24 +67,8 @@ class _OneShot(Policy):
         network = Supernet(model, space)
         fixed = [name for name in self.grid if name in network.ungated]
         fixed += _unlike_slices(network, space, {name: w for name, w in self.grid.items() if name not in fixed})
-        if not fixed:
-            return network
-        named = ', '.join(fixed[:4]) + (f' and {len(fixed) - 4} more' if len(fixed) > 4 else '')
-        why = (f'{named}: there, channels set to 0 for single images are not as good as gone (no normalisation of each channel '
-               'alone, or an activation with f(0) != 0)')
-        if self.options.strict:
-            raise PolicyError(f'--{self.name}.strict: {why}; keep their widths with --fix')
-        if len(fixed) == len(self.grid):
-            raise PolicyError(f'{self.name} can search no group of {space.architecture}: {why}')
-        for name in fixed:
-            base = self.space[name].size
-            if base not in self.grid[name]:
-                raise PolicyError(f"{self.name}: {why}; '{name}' would keep its {base} channels, which its grid does not have: "
-                                  f"give --fix '{name}'")
-        self.grid = {name: (self.space[name].size,) if name in fixed else widths for name, widths in self.grid.items()}
-        for budget in self.budgets:
-            budget.check_feasible(self.smallest, self.largest)
-        self.notes.append(f'{len(fixed)} of {len(self.grid)} groups keep their base width: {why}')
+        self.keep_base_widths(fixed, 'there, channels set to 0 for single images are not as good as gone (no normalisation of each '
+                              'channel alone, or an activation with f(0) != 0)', self.options.strict)
         return network
 
     def train_step(self, step: Step) -> None:

@@ -212,11 +212,16 @@ class Policy(ABC):
     def smallest(self) -> dict[str, int]:
         return {name: widths[0] for name, widths in self.grid.items()}
 
+    @property
+    def start(self) -> Mapping[str, int]:
+        """Widths of the model that `prepare` is given; groups left out have their base width."""
+        return self.largest
+
     def prepare(self, model: nn.Module, space: WidthSpace) -> nn.Module:
         """Makes the network to train.
 
         Args:
-            model: The model at the grid's largest widths.
+            model: The model at the widths of `start`, the grid's largest.
             space: The width space traced from it; its groups have the names of `self.space`.
         """
         return Supernet(model, space)
@@ -224,6 +229,36 @@ class Policy(ABC):
     def parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the policy's own, which the engine's optimiser trains along with the weights, without weight decay."""
         return ()
+
+    def keep_base_widths(self, fixed: Sequence[str], reason: str, strict: bool = False) -> None:
+        """From here on, groups have one width to choose from, their base width; a note lists them.
+
+        Args:
+            fixed: The groups.
+            reason: Why.
+            strict: Whether the user has asked, by --<policy>.strict, that there be none.
+
+        Raises:
+            PolicyError: There are some and `strict` was given, the network cannot have their base width, or there are no others.
+            BudgetError: The budgets cannot be met without them.
+        """
+        if not fixed:
+            return
+        policy = type(self).__name__.lower()
+        why = ', '.join(fixed[:4]) + (f' and {len(fixed) - 4} more' if len(fixed) > 4 else '') + f': {reason}'
+        if strict:
+            raise PolicyError(f'--{policy}.strict: {why}; keep their widths with --fix')
+        if len(fixed) == len(self.grid):
+            raise PolicyError(f'{policy} can search no group of {self.space.architecture}: {why}')
+        for name in fixed:
+            base = self.space[name].size
+            if base not in self.grid[name]:
+                raise PolicyError(f"{policy}: {why}; '{name}' would keep its {base} channels, which its grid does not have: "
+                                  f"give --fix '{name}'")
+        self.grid = {name: (self.space[name].size,) if name in fixed else widths for name, widths in self.grid.items()}
+        for budget in self.budgets:
+            budget.check_feasible(self.smallest, self.largest)
+        self.notes.append(f'{len(fixed)} of {len(self.grid)} groups keep their base width: {why}')
 
     def train_step(self, step: Step) -> None:  # noqa: B027
         """Learns from one batch. A policy without a step of its own has no shared network."""
@@ -284,7 +319,7 @@ def fill_budget(
         budget: What to meet.
         grid: Group -> widths to round to.
         shape: Group -> ratio of its base width, before the factor.
-        skips: Residual blocks left out.
+        skips: Residual blocks that are left out.
 
     Returns:
         Group -> width, on the grid.
