@@ -218,7 +218,7 @@ def _distilled(stages: Sequence[Sequence[Block]], num_features: int, **kwargs: A
     """D1 and D2: a second 1x1 convolution follows the pooling, as in MobileNetV3."""
     last = Block('conv', stages[-1][-1].c_out, DISTILLED_FEATURES, 1, 1)
     return MobileNetV3([[b.arguments() for b in blocks] for blocks in [*stages, [last]]], num_features=num_features,
-                       head_bias=False, act_layer='relu', stem_size=stages[0][0].c_in, fix_stem=True, round_chs_fn=_as_is, **kwargs)
+                       head_bias=False, stem_size=stages[0][0].c_in, fix_stem=True, round_chs_fn=_as_is, **kwargs)
 
 
 def _gpunet(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from ..space import nearest
 from .gpunet import Block, GPUNet, create_network, default_cfg
 from .prunet_space import DIVISOR, MAX_KERNEL, PrunetError, SearchSpace, base_layers, get_space, is_kernel, is_whole
 
-__all__ = ['prunet_blocks']
+__all__ = ['check_arguments', 'prunet_blocks']
 
 NAME = 'prunet'
 MAX_LAYERS = 512
@@ -91,6 +91,24 @@ def _layer_faults(space: SearchSpace, number: int, c_in: int, layer: Mapping[str
     return faults
 
 
+def check_arguments(name: str, given: Mapping[str, Any], own: Sequence[str], others: Sequence[str]) -> None:
+    """Refuses what an entry point does not take, and what a config may not say.
+
+    Args:
+        name: The model.
+        given: The arguments besides its own.
+        own: Those that it takes itself.
+        others: Those that it hands on.
+
+    Raises:
+        ConfigError: An argument is unknown, or out of bounds in a config.
+    """
+    for key in given:
+        if key not in others:
+            raise ArgumentError(f"{name}: unknown argument '{key[:40]}'{nearest(key[:40], (*own, *others))}")
+    check_stored_args(name, given.get('pretrained_model_args') or {})
+
+
 default_cfgs = generate_default_cfgs({
     f'{NAME}.untrained': {**default_cfg(288, (1, 2, 2, 2, 1, 2)), 'paper_ids': None,
                           'paper_name': 'Tiered Pruning for Efficient Differentiable Inference-Aware Neural Architecture Search'}})
@@ -106,10 +124,7 @@ def prunet(
         **kwargs: Any,
 ) -> GPUNet:
     """PRUNET of given layers, by default those of GPUNet-1 (see `prunet_blocks` and `prunet_space.get_space`)."""
-    for key in kwargs:
-        if key not in ARGUMENTS:
-            raise ArgumentError(f"{NAME}: unknown argument '{key[:40]}'{nearest(key[:40], ('layers', 'space', 'width', 'depth', *ARGUMENTS))}")
-    check_stored_args(NAME, kwargs.get('pretrained_model_args') or {})
+    check_arguments(NAME, kwargs, ('layers', 'space', 'width', 'depth'), ARGUMENTS)
     found = get_space(space, width, depth)
     blocks = prunet_blocks(found, base_layers(found) if layers is None else layers)
     return create_network(NAME, pretrained, blocks, num_features=found.head, stem_act=found.stem_act, **kwargs)

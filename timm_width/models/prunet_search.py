@@ -16,10 +16,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import efficientnet_init_weights
 from torch import nn
 
-from ..config import ArgumentError, check_stored_args
 from ..space import nearest
 from .gpunet import Block, GPUNet, create_network, default_cfg
-from .prunet import prunet_blocks
+from .prunet import check_arguments, prunet_blocks
 from .prunet_space import PrunetError, SearchSpace, base_layers, get_space, is_whole
 
 __all__ = ['PrunetSearch', 'StochasticLayer']
@@ -182,7 +181,9 @@ class PrunetSearch(GPUNet):
         block = blocks[candidate]
         if hidden is None or hidden == block.hidden:
             return block
-        widths = self.space.widths(block.c_in) if block.type != 'conv' and self.space.expansions is None else (block.hidden,)
+        widths = self.hidden_widths(layer, candidate)
+        if not widths:
+            raise PrunetError(f"'{layer}': '{candidate}' is a plain convolution and has no hidden width, not {str(hidden)[:40]}")
         if not is_whole(hidden, 1, widths[-1]) or hidden not in widths:
             raise PrunetError(f"'{layer}': '{candidate}' has no hidden width {str(hidden)[:40]}; it has "
                               f"{', '.join(map(str, widths[:3]))}{', ...' if len(widths) > 3 else ''} up to {widths[-1]}")
@@ -212,10 +213,8 @@ default_cfgs = generate_default_cfgs({f'{NAME}.untrained': {**default_cfg(288, (
 def prunet_search(
         pretrained: bool = False, space: Any = None, width: float = 1., depth: float = 1., **kwargs: Any) -> PrunetSearch:
     """The shared network of a space (see `prunet_space.get_space`)."""
-    for key in kwargs:
-        if key not in ARGUMENTS:
-            raise ArgumentError(f"{NAME}: unknown argument '{key[:40]}'{nearest(key[:40], ('space', 'width', 'depth', *ARGUMENTS))}")
-    check_stored_args(NAME, kwargs.get('pretrained_model_args') or {})
+    check_arguments(NAME, kwargs, ('space', 'width', 'depth'), ARGUMENTS)
     found = get_space(space, width, depth)
     said = {k: v for k, v, default in (('space', space, None), ('width', width, 1), ('depth', depth, 1)) if v != default}
-    return create_network(NAME, pretrained, prunet_blocks(found, base_layers(found)), PrunetSearch, space=found, said=said, **kwargs)
+    stages = prunet_blocks(found, base_layers(found))
+    return create_network(NAME, pretrained, stages, PrunetSearch, space=found, said=said, **kwargs)

@@ -119,7 +119,7 @@ def _differing(value: Any) -> dict[str, Any]:
             for k, v in found.items()}
 
 
-# -- the paper's ---------------------------------------------------------------------------------------------------------------------
+# -- the paper's -------------------------------------------------------------------------------------------------------------------
 
 # type, filters, stride, activation, then of GPUNet-1: layers, expansion, SE
 GPUNET_1 = (
@@ -220,7 +220,7 @@ def space_size(space: SearchSpace, skips: str = 'residual', widths: Optional[int
     return total
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------------------
 
 
 def get_space(space: Any = None, width: float = 1., depth: float = 1.) -> SearchSpace:

@@ -145,6 +145,6 @@ def _build(
         build, name, pretrained and own_weights, feature_cfg=feature_cfg, pretrained_strict=True, **source, **kwargs)
 
 
-for _base in (*supported(), *vgg.OURS, *gpunet.OURS, prunet.NAME):
+for _base in dict.fromkeys((*supported(), *vgg.OURS, *gpunet.OURS, prunet.NAME)):
     if is_model(_base):
         _register(_base)
