@@ -117,6 +117,8 @@ def test_one_candidate_per_layer_is_the_prunet_that_is_chosen():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(prunet(x), model(x), atol=1e-6)
+    assert model.chosen(choice) == on_meta().chosen(choice)  # what is gone can still be named
+    assert model.input_sizes() == on_meta().input_sizes()
 
 
 def test_it_trains():
@@ -201,12 +203,13 @@ def test_the_base_is_a_choice():
     """GPUNet-1, with one layer of every stage left out."""
     model, bases = on_meta('full'), {1: None, 2: (96, 256), 3: (256, 384), 4: (192,), 5: (800, 1440, 1440, 1440), 6: (1152, 1792, 1792, 1792)}
     choice = {}
-    for name, layer in model.stochastic_layers().items():
-        index, widths = int(name.split('.')[2]), bases[layer.stage]
-        if layer.stage == 1:
+    for name in model.offers:
+        stage, index = int(name.split('.')[1]) + 1, int(name.split('.')[2])
+        widths = bases[stage]
+        if stage == 1:
             choice[name] = None if index else ('k3', None)
         else:
-            choice[name] = ('k3_se' if layer.stage in (4, 6) else 'k3', widths[index]) if index < len(widths) else None
+            choice[name] = ('k3_se' if stage in (4, 6) else 'k3', widths[index]) if index < len(widths) else None
     want = [tuple(p.shape) for p in timm.create_model('gpunet_1', num_classes=10, device='meta').parameters()]
     assert [tuple(p.shape) for p in built(model, choice, device='meta').parameters()] == want
 

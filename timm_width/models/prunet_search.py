@@ -39,12 +39,11 @@ class StochasticLayer(nn.Module):
         blocks: What each candidate is; its hidden width is the largest.
         weights: One factor per candidate that is left, in order; None is a plain sum.
         residual: Whether input and output are of one shape, so that the layer may be left out.
-        stage: Number of the layer's stage, from 1.
     """
 
-    def __init__(self, blocks: Mapping[str, Block], stage: int, **kwargs: Any):
+    def __init__(self, blocks: Mapping[str, Block], **kwargs: Any):
         super().__init__()
-        self.blocks, self.stage = dict(blocks), stage
+        self.blocks = dict(blocks)
         self.residual = all(b.residual for b in blocks.values())
         self.candidates = nn.ModuleDict({name: block.module(**kwargs) for name, block in blocks.items()})
         self.weights: Optional[torch.Tensor] = None
@@ -67,21 +66,27 @@ class PrunetSearch(GPUNet):
         space: What every layer may choose.
         said: Arguments of `prunet` that give this space.
         **kwargs: Further arguments of EfficientNet.
+
+    Attributes:
+        space: What every layer may choose.
+        offers: Layer ('blocks.STAGE.INDEX', both from 0) -> its candidates by name, also those that were deleted since.
     """
 
     def __init__(self, stages: Sequence[Sequence[Block]], space: SearchSpace, said: Mapping[str, Any], **kwargs: Any):
         super().__init__(stages, num_features=space.head, stem_act=space.stem_act, **kwargs)
         self.space, self.said = space, dict(said)
         shared = {k: kwargs[k] for k in ('norm_layer', 'device', 'dtype') if k in kwargs}
+        self.offers = {f'blocks.{number - 1}.{i}': _candidates(space, number, c_in, stride)
+                       for number, i, c_in, stride in space.layers()}
         layers: list[list[nn.Module]] = [[] for _ in space.stages]
-        for number, _, c_in, stride in space.layers():
-            layers[number - 1].append(StochasticLayer(_candidates(space, number, c_in, stride), number, **shared))
+        for name, blocks in self.offers.items():
+            layers[_stage(name) - 1].append(StochasticLayer(blocks, **shared))
         self.blocks = nn.Sequential(*(nn.Sequential(*found) for found in layers))
         efficientnet_init_weights(self)
 
     def stochastic_layers(self) -> dict[str, StochasticLayer]:
-        """The layers that choose, by module name ('blocks.STAGE.INDEX', both from 0), in order."""
-        return {n: m for n, m in self.named_modules() if isinstance(m, StochasticLayer)}
+        """The modules of the layers that choose, by name, in order; without those that were replaced by another module."""
+        return {name: m for name in self.offers if isinstance(m := self.get_submodule(name), StochasticLayer)}
 
     def hidden_group(self, layer: str, candidate: str) -> Optional[str]:
         """Name of the width group inside a candidate, as a trace of this network says it; None for a plain convolution."""
@@ -102,9 +107,9 @@ class PrunetSearch(GPUNet):
             input_size: (channels, height, width) of the image; by default the model's.
         """
         size, found = self._after_stem(input_size), {}
-        for name, layer in self.stochastic_layers().items():
+        for name, blocks in self.offers.items():
             found[name] = size
-            size = next(iter(layer.blocks.values())).output_size(size)
+            size = next(iter(blocks.values())).output_size(size)
         return found
 
     def costs(
@@ -129,8 +134,8 @@ class PrunetSearch(GPUNet):
     def fixed_costs(self, input_size: Optional[Sequence[int]] = None) -> tuple[int, int]:
         """MACs and parameters of what no layer chooses: stem, last convolution and classifier."""
         first, last = self._after_stem(input_size), self._after_stem(input_size)
-        for layer in self.stochastic_layers().values():
-            last = next(iter(layer.blocks.values())).output_size(last)
+        for blocks in self.offers.values():
+            last = next(iter(blocks.values())).output_size(last)
         convs = [(Block('conv', self.conv_stem.in_channels, self.space.stem, 1, 3), first),
                  (Block('conv', self.space.stages[-1].filters, self.space.head, 1, 1), last)]
         macs, params = map(sum, zip(*(block.costs(size) for block, size in convs)))
@@ -146,22 +151,21 @@ class PrunetSearch(GPUNet):
         Raises:
             PrunetError: A layer is missing or unknown, or what is chosen for it is not offered.
         """
-        layers = self.stochastic_layers()
-        wrong = [n for n in choice if n not in layers] + [n for n in layers if n not in choice]
+        wrong = [n for n in choice if n not in self.offers] + [n for n in self.offers if n not in choice]
         if wrong:
             raise PrunetError(f"a choice names every layer once: '{wrong[0]}' is "
-                              + ('missing' if wrong[0] in layers else f'unknown{nearest(wrong[0], layers)}'))
+                              + ('missing' if wrong[0] in self.offers else f'unknown{nearest(wrong[0], self.offers)}'))
         found = []
-        for name, layer in layers.items():
+        for name, blocks in self.offers.items():
             if choice[name] is None:
-                if not layer.residual:
+                if not next(iter(blocks.values())).residual:
                     raise PrunetError(f"'{name}' changes the size or the channels of its input: it cannot be left out")
                 continue
             block = self._block(name, *choice[name])
-            said: dict[str, Any] = {'stage': layer.stage, 'kernel': block.kernel}
+            said: dict[str, Any] = {'stage': _stage(name), 'kernel': block.kernel}
             if block.type != 'conv':
                 said.update(se=block.se, hidden=block.hidden)
-            if len(self.space.stages[layer.stage - 1].kernels) > 1:
+            if len(self.space.stages[_stage(name) - 1].kernels) > 1:
                 said['act'] = block.act
             found.append(said)
         return {'layers': found, **self.said}
@@ -172,10 +176,9 @@ class PrunetSearch(GPUNet):
 
     def _block(self, layer: str, candidate: str, hidden: Optional[int] = None) -> Block:
         """A candidate at a hidden width."""
-        layers = self.stochastic_layers()
-        if layer not in layers:
-            raise PrunetError(f"unknown layer '{layer}'{nearest(layer, layers)}")
-        blocks = layers[layer].blocks
+        if layer not in self.offers:
+            raise PrunetError(f"unknown layer '{layer}'{nearest(layer, self.offers)}")
+        blocks = self.offers[layer]
         if candidate not in blocks:
             raise PrunetError(f"'{layer}' has no candidate '{candidate}'; it has {', '.join(blocks)}")
         block = blocks[candidate]
@@ -188,6 +191,11 @@ class PrunetSearch(GPUNet):
             raise PrunetError(f"'{layer}': '{candidate}' has no hidden width {str(hidden)[:40]}; it has "
                               f"{', '.join(map(str, widths[:3]))}{', ...' if len(widths) > 3 else ''} up to {widths[-1]}")
         return Block(**{**vars(block), 'hidden': int(hidden)})
+
+
+def _stage(layer: str) -> int:
+    """Number of a layer's stage, from 1."""
+    return int(layer.split('.')[1]) + 1
 
 
 def _candidates(space: SearchSpace, number: int, c_in: int, stride: int) -> dict[str, Block]:
