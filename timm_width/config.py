@@ -27,6 +27,7 @@ __all__ = [
 
 FORMAT = 1
 SUFFIX = '_width'
+UNSUFFIXED = ('prunet',)  # architectures whose own arguments say what a search found; at other widths they are `<name>_width`, too
 MAX_BYTES = 4 << 20
 MAX_GROUPS = 20_000
 MODEL_ARGS = ('widths', 'skips', 'format', 'shapes')
@@ -180,12 +181,13 @@ def save(
         raise ConfigError(f'{type(model).__name__} has no classifier settings (a features_only model?): save the whole model')
     if getattr(model, '_model_args', None) is None:
         raise ConfigError(f'{name} was not built by timm.create_model, so what it was built with is not known: build it so')
-    name = name if name.endswith(SUFFIX) else name + SUFFIX
+    name = name if name.endswith(SUFFIX) or name in UNSUFFIXED else name + SUFFIX
     if not timm.is_model(name):
         raise ConfigError(f"'{name}' is not registered: call timm_width.register('{name.removesuffix(SUFFIX)}') first")
     args = {k: v for k, v in model._model_args.items() if k not in ('importance', 'pretrained')}
-    args = {**args, 'widths': dict(args.get('widths') or {}), 'skips': list(args.get('skips') or ()),
-            'format': FORMAT, 'shapes': fingerprint(model)}
+    if name.endswith(SUFFIX):
+        args = {**args, 'widths': dict(args.get('widths') or {}), 'skips': list(args.get('skips') or ()),
+                'format': FORMAT, 'shapes': fingerprint(model)}
     provenance = dict(provenance or {})
     try:
         json.dumps(provenance)

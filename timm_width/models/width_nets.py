@@ -21,7 +21,7 @@ from ..config import FORMAT, SUFFIX, ArgumentError, check_args, check_shapes, ch
 from ..resize import IMPORTANCE, resize
 from ..space import WidthError, nearest
 from ..trace import trace
-from .vgg import OURS
+from . import gpunet, prunet, vgg
 
 __all__ = ['is_supported', 'register', 'supported']
 
@@ -145,6 +145,6 @@ def _build(
         build, name, pretrained and own_weights, feature_cfg=feature_cfg, pretrained_strict=True, **source, **kwargs)
 
 
-for _base in (*supported(), *OURS):
+for _base in dict.fromkeys((*supported(), *vgg.OURS, *gpunet.OURS, prunet.NAME)):
     if is_model(_base):
         _register(_base)
