@@ -14,10 +14,10 @@ FOLDERS = ('latency', 'models', 'policies')
 # each may import those in lines above it; what is not listed may import anything (without making a cycle)
 ORDER = [
     {'space', 'rules'},
-    {'factors', 'moving'},
+    {'factors', 'masking', 'moving'},
     {'config', 'cost', 'elimination', 'supernet'},
     {'solve'},
-    {'assignment', 'bins', 'budget', 'markov', 'tables'},
+    {'assignment', 'bins', 'budget', 'markov', 'mixture', 'tables'},
     {'resize'},
     {'bindings'},
     {'ledger'},
@@ -40,7 +40,7 @@ ORDER = [
     {'latency.runner.main'},
     {'latency.measure', 'latency.model', 'latency.sampling'},
     {'latency'},
-    {'arguments', 'grids', 'losses', 'report'},
+    {'arguments', 'grids', 'losses', 'report', 'twins'},
     {'commandline', 'engine'},
     {'checkpoints', 'holdout', 'start', 'tasks', 'training_data'},
     {'output', 'task_training', 'latency.blocks', 'latency.bundle', 'latency.fit'},
@@ -48,6 +48,7 @@ ORDER = [
     {'latency.command', 'target'},
     {'problem'},
     {'choosing', 'search_flags'},
+    {'comparison'},
     {'conformance', 'export', 'plots', 'search', 'train'},
     {'cli'},
 ]

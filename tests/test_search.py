@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import timm_width
-from timm_width import cli, data, engine, holdout, policies, problem, search, target
+from timm_width import cli, comparison, data, engine, holdout, policies, problem, search, target
 from timm_width.budget import Budget
 from timm_width.cost import Macs, Params
 from timm_width.grids import make_grid
@@ -234,7 +234,7 @@ def test_seeds_give_mean_and_standard_deviation(image_folder, tmp_path, monkeypa
         trained.append({k: v.clone() for k, v in model.state_dict().items()})
         return next(answers)
 
-    monkeypatch.setattr(search, 'top1', fake)
+    monkeypatch.setattr(comparison, 'top1', fake)
     assert cli.main(command(image_folder, tmp_path / 'x', '--seeds', '2')) == 0
     table = by_name(tmp_path / 'x')  # what was found is trained first
     expected = {'found': (10, 50), 'base': (20, 80), 'uniform': (40, 20)}
@@ -270,7 +270,7 @@ def test_a_policy_that_is_its_own_baseline_is_trained_once(image_folder, tmp_pat
 
 def test_no_epochs_give_configs_without_training(image_folder, tmp_path, monkeypatch, capsys):
     """The policy learns; nothing is trained on all images, no validation image is read, and no weights are saved."""
-    monkeypatch.setattr(search, 'top1', None)
+    monkeypatch.setattr(comparison, 'top1', None)
     assert cli.main(slimming(image_folder, tmp_path / 'x', '--epochs', '0', '--budget', 'macs=0.5x', 'macs=0.4x')) == 0
     for name in ('macs-0.5x', 'macs-0.4x'):
         assert {f.name for f in (tmp_path / 'x' / name).iterdir()} == {'config.json'}
@@ -354,7 +354,7 @@ def test_nothing_but_the_policys_part_of_the_training_images_is_read_before_the_
     monkeypatch.setattr(engine.Training, '_run_epoch', seen('epoch', engine.Training._run_epoch))
     monkeypatch.setattr(holdout.Holdout, '_holdout', seen('score', holdout.Holdout._holdout))
     monkeypatch.setattr(holdout.Holdout, '_calibration_batches', seen('calibrate', holdout.Holdout._calibration_batches))
-    monkeypatch.setattr(search, '_entries', seen('chosen', search._entries))
+    monkeypatch.setattr(search, 'save_found', seen('chosen', search.save_found))
     args.policy = 'mine'
     search.search(args, {'mine': Sharing, 'uniform': policies.load('uniform')})
     names = [what for what, _, _ in log]
@@ -535,12 +535,13 @@ def test_policies_know_neither_timm_nor_the_engine_nor_one_another():
         names |= {'.' * n.level + (n.module or '') for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not [n for n in names if n.split('.')[0] in ('timm', 'torchvision')]
         assert {n for n in names if n.startswith('.')} <= {
-            '.base', '..assignment', '..bins', '..budget', '..cost', '..elimination', '..factors', '..moving', '..solve', '..space', '..supernet'}, path
+            '.base', '..assignment', '..bins', '..budget', '..cost', '..elimination', '..factors', '..markov', '..masking', '..mixture', '..moving',
+            '..solve', '..space', '..supernet'}, path
 
 
 def test_policies_are_found_without_entry_points(monkeypatch):
     monkeypatch.setattr(policies, 'entry_points', lambda **_: [])
-    assert set(policies.names()) == {'aows', 'autoslim', 'cafenet', 'dmcp', 'greedy', 'morphnet', 'ows', 'random', 'uniform'}
+    assert set(policies.names()) == {'aows', 'autoslim', 'cafenet', 'dmcp', 'greedy', 'morphnet', 'ows', 'prunode', 'random', 'uniform'}
     assert {name: policies.load(name).__name__ for name in ('uniform', 'greedy', 'ows', 'aows')} == {
         'uniform': 'Uniform', 'greedy': 'Greedy', 'ows': 'OWS', 'aows': 'AOWS'}
 
@@ -656,7 +657,7 @@ def test_mixup_is_refused_where_the_policy_needs_classes(image_folder, tmp_path,
     refused(command(image_folder, tmp_path / 'x', '--mixup', '0.2', '--baselines', 'ows'), capsys, 'cannot be used with the policy ows')
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
-    monkeypatch.setattr(search, '_times', lambda problem, entries, target: [(1., 0.)] * len(entries))
+    monkeypatch.setattr(search, 'times', lambda entries, target, args: [(1., 0.)] * len(entries))
     assert cli.main(slimming(image_folder, tmp_path / 'x', '--mixup', '0.2')) == 0
 
 

@@ -1,7 +1,7 @@
 """Budgets: a cost and the most it may be."""
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Mapping, Optional, Sequence, Union
 
@@ -87,6 +87,24 @@ class Budget:
             raise BudgetError(f'{shown}: the limit is less than one of {cost.unit}{hint}; {_FORMS}')
         return cls(cost, limit, text.strip())
 
+    def of(self, space: WidthSpace, latency: Optional[Cost] = None) -> 'Budget':
+        """The same limit for the networks of another space.
+
+        Args:
+            space: The space.
+            latency: What a latency costs there.
+
+        Raises:
+            BudgetError: It is a limit of latency, and this is not known there.
+        """
+        if self.cost.space == space:
+            return self
+        if type(self.cost) in _COSTS.values():
+            return replace(self, cost=type(self.cost)(space))
+        if latency is None:
+            raise BudgetError(f"'{self.text}': there is no latency model of {space.architecture}")
+        return replace(self, cost=latency)
+
     def met(self, widths: Mapping[str, Width] = {}, skips: Sequence[str] = ()) -> bool:
         """Whether a network costs at most the limit.
 
@@ -100,12 +118,16 @@ class Budget:
             self,
             smallest_widths: Optional[Mapping[str, int]] = None,
             largest_widths: Optional[Mapping[str, int]] = None,
+            smallest_skips: Sequence[str] = (),
+            largest_skips: Sequence[str] = (),
     ) -> None:
         """Checks that the budget can be met, and that it asks for something.
 
         Args:
             smallest_widths: The smallest network that may be chosen; by default every group at one step.
             largest_widths: The largest network that may be chosen; by default the base.
+            smallest_skips: Residual blocks that the smallest leaves out.
+            largest_skips: Those that the largest leaves out.
 
         Raises:
             BudgetError: The limit is below the cost of the smallest network or above that of the largest.
@@ -114,7 +136,8 @@ class Budget:
             return
         if smallest_widths is None:
             smallest_widths = {name: g.unit for name, g in self.cost.space.searchable.items()}
-        low, high = self.cost(smallest_widths), self.cost({} if largest_widths is None else largest_widths)
+        low = self.cost(smallest_widths, smallest_skips)
+        high = self.cost({} if largest_widths is None else largest_widths, largest_skips)
         if not low <= self.limit <= high:
             word, size, end = ('below', 'smallest', low) if self.limit < low else ('above', 'largest', high)
             show = self.cost.show

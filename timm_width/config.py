@@ -21,8 +21,8 @@ from torch import nn
 from .space import WidthError, nearest
 
 __all__ = [
-    'FORMAT', 'SUFFIX', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes', 'check_stored_args',
-    'digest', 'fingerprint', 'load_spec', 'record', 'save', 'unknown_argument',
+    'FORMAT', 'SUFFIX', 'UNSUFFIXED', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes', 'check_stored_args',
+    'digest', 'fingerprint', 'is_ours', 'load_spec', 'record', 'save', 'unknown_argument',
 ]
 
 FORMAT = 1
@@ -33,6 +33,11 @@ MAX_GROUPS = 20_000
 MODEL_ARGS = ('widths', 'skips', 'format', 'shapes')
 NOT_STORED = ('device', 'dtype', 'features_only', 'out_indices', 'feature_cls')  # for the caller alone to say
 STORED_BOUNDS = {'num_classes': (0, 1_000_000), 'in_chans': (1, 4096), 'drop_rate': (0, 1), 'drop_path_rate': (0, 1)}
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether a config of this architecture says what a search found."""
+    return architecture.endswith(SUFFIX) or architecture in UNSUFFIXED
 
 
 class ConfigError(WidthError):
@@ -186,8 +191,8 @@ def save(
         raise ConfigError(f"'{name}' is not registered: call timm_width.register('{name.removesuffix(SUFFIX)}') first")
     args = {k: v for k, v in model._model_args.items() if k not in ('importance', 'pretrained')}
     if name.endswith(SUFFIX):
-        args = {**args, 'widths': dict(args.get('widths') or {}), 'skips': list(args.get('skips') or ()),
-                'format': FORMAT, 'shapes': fingerprint(model)}
+        args = {**args, 'widths': dict(args.get('widths') or {}), 'skips': list(args.get('skips') or ())}
+    args |= {'format': FORMAT, 'shapes': fingerprint(model)}
     provenance = dict(provenance or {})
     try:
         json.dumps(provenance)
@@ -235,7 +240,7 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
         path = path.removeprefix('local-dir:')
     data, path = _read(path)
     name = data['architecture'][:200]
-    if not name.endswith(SUFFIX):
+    if not is_ours(name):
         raise ConfigError(f"{path}: '{name}' is not a width model: its name would end in '{SUFFIX}'")
     args = data.get('model_args', {})
     if not isinstance(args, dict):
@@ -265,7 +270,7 @@ def check_config(path: Union[str, os.PathLike]) -> None:
     Raises:
         ConfigError: With the reason.
     """
-    if _read(path)[0]['architecture'].endswith(SUFFIX):
+    if is_ours(_read(path)[0]['architecture']):
         load_spec(path)
 
 

@@ -1,10 +1,11 @@
 """What a search works on: the images, the model's width space, the grid and the budgets; and the cheaper proxy it may learn on."""
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
 import numpy as np
+import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,12 +19,15 @@ from .grids import growth, make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
 from .resize import resize
-from .space import WidthError, WidthSpace
+from .space import MAX_GROWTH, WidthError, WidthSpace
 from .tables import Tables
 from .target import MEASURE, Target
 from .trace import trace
+from .twins import ends, has_twin, plain_arguments, trace_twin, twin_grid, twin_name
 
-__all__ = ['Problem', 'Proxy', 'learning_problem', 'make_problem', 'parse_proxy', 'set_budgets']
+BASE = 'base'
+
+__all__ = ['BASE', 'Problem', 'Proxy', 'learning_problem', 'make_problem', 'parse_proxy', 'set_budgets']
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Problem:
         budgets: What the answers must meet; set by `set_budgets`.
         config: timm's data config of the model.
         latency: What a latency model predicts, if there is one.
+        twin: Name of the model with all blocks that a layer may be, if `space` is that model's (see twins.py).
     """
     args: Namespace
     train: View
@@ -58,9 +63,16 @@ class Problem:
     budgets: tuple[Budget, ...]
     config: Mapping[str, Any]
     latency: Optional[Cost] = None
+    twin: str = ''
 
     def model(self, choice: Choice, seed: int) -> nn.Module:
         """The model at some widths; the same seed gives the same initial weights."""
+        if self.twin:
+            with torch.device('meta'):
+                arguments = plain_arguments(twin_model(self.args), choice)
+            random_seed(seed)
+            args = self.args
+            return create(args.model, args.num_classes, args.pretrained, **{**model_arguments(args), **arguments})
         random_seed(seed)
         return resize(base_model(self.args), self.space, *choice)
 
@@ -69,7 +81,10 @@ class Problem:
         return self.traced({name: widths[-1] for name, widths in self.grid.items()}, seed)
 
     def traced(self, widths: Mapping[str, int], seed: int) -> tuple[nn.Module, WidthSpace]:
-        """The model at some widths, and its own width space."""
+        """The model at some widths, and its own width space; of a twin, all of it."""
+        if self.twin:
+            random_seed(seed)
+            return twin_model(self.args), self.space
         model = self.model(Choice(widths), seed)
         return model, trace(model, self.space.input_size)
 
@@ -100,6 +115,13 @@ def base_model(args: Namespace) -> nn.Module:
     return create(args.model, args.num_classes, args.pretrained, **model_arguments(args))
 
 
+def twin_model(args: Namespace) -> nn.Module:
+    """The model with all blocks that a layer of the one that the flags ask for may be."""
+    unknown = ('drop_path_rate', 'checkpoint_path', 'pretrained_cfg_overlay')
+    known = {k: v for k, v in model_arguments(args).items() if k not in unknown}
+    return create(twin_name(args.model), args.num_classes, **known)
+
+
 def parse_proxy(text: str) -> Proxy:
     """Reads 'resolution=96,data=0.1,classes=100', any of them.
 
@@ -122,15 +144,17 @@ def parse_proxy(text: str) -> Proxy:
     return proxy
 
 
-def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem]:
+def make_problem(args: Namespace, rules: Mapping[str, str], of_blocks: Collection[str] = ()) -> dict[str, Problem]:
     """Opens the images, builds and traces the model, before anything is trained. `set_budgets` comes next.
 
     Args:
         args: The flags.
         rules: Policy -> the grid that it chooses from; the searching policy first, whose range the others share.
+        of_blocks: The policies that choose among the blocks of layers, where the model has several.
 
     Returns:
-        Policy -> its problem, without budgets; they differ by their grids alone.
+        Policy -> its problem, without budgets. They differ by their grids, and by whether they are of blocks; if any is, BASE is
+        the one of the model itself.
 
     Raises:
         UsageError: A flag, the images or the model cannot be worked with.
@@ -154,8 +178,22 @@ def make_problem(args: Namespace, rules: Mapping[str, str]) -> dict[str, Problem
             low = min(widths[0] / space[name].size for name, widths in grids[policy].items())
             high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
-    return {policy: Problem(args, View(splits.train), View(splits.validation), splits.targets, space, grid, (), config)
-            for policy, grid in grids.items()}
+    found = {policy: Problem(args, View(splits.train), View(splits.validation), splits.targets, space, grid, (), config)
+             for policy, grid in grids.items()}
+    if has_twin(args.model) and any(policy in of_blocks for policy in found):
+        for flag in ('grid', 'width_divisor', 'width_min', 'width_max', 'supernet_macs', 'fix'):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag.replace('_', '-')} has no meaning for the blocks of {args.model}: its space says their "
+                                 'widths (--model-kwargs width=0.5, say)')
+        with torch.device('meta'):
+            twin = twin_model(args)
+            whole = trace_twin(twin, config['input_size'])
+        wide = {policy: make_grid(space, rule, high=MAX_GROWTH, fix=args.fix, squeezes=fixed) for policy, rule in rules.items()}
+        found = {policy: replace(p, grid=wide[policy]) for policy, p in found.items()}  # what is found may be larger than the base
+        first = next(iter(found.values()))
+        of_twin = replace(first, space=whole, grid=twin_grid(twin), twin=twin_name(args.model))
+        found = {BASE: first, **{policy: of_twin if policy in of_blocks else p for policy, p in found.items()}}
+    return found
 
 
 def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Problem]:
@@ -177,6 +215,9 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
                     for text in args.budget)
     found = {}
     for policy, problem in problems.items():
+        if problem.twin:
+            found[policy] = _twin_budgets(problem, budgets, target)
+            continue
         grid = problem.grid if problem is first else target.clip(problem.grid)
         for budget in budgets:
             if pending and isinstance(budget.cost, Tables):
@@ -189,6 +230,18 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
                                  'this one') from e
         found[policy] = replace(problem, grid=grid, budgets=budgets, latency=latency)
     return found
+
+
+def _twin_budgets(problem: Problem, budgets: Sequence[Budget], target: Target) -> Problem:
+    """The same limits for networks of the twin."""
+    latency = target.cost(problem.space)
+    with torch.device('meta'):
+        twin = twin_model(problem.args)
+    own = tuple(b.of(problem.space, latency) for b in budgets)
+    for budget in own:
+        small, large = ends(twin, problem.grid, budget.cost)
+        budget.check_feasible(small.widths, large.widths, small.skips, large.skips)
+    return replace(problem, budgets=own, latency=latency)
 
 
 def learning_problem(problem: Problem) -> Problem:
@@ -220,8 +273,8 @@ def learning_problem(problem: Problem) -> Problem:
         held = held[np.isin(targets[held], classes)]
     smaller = Namespace(**vars(args))
     smaller.img_size, smaller.num_classes = proxy.resolution or args.img_size, proxy.classes or args.num_classes
-    model = base_model(smaller)
+    model = twin_model(smaller) if problem.twin else base_model(smaller)
     config = data_config(smaller, model)
     return replace(
         problem, args=smaller, train=View(problem.train.images, kept, names), held=View(problem.train.images, held, names),
-        space=trace(model, config['input_size']), config=config)
+        space=(trace_twin if problem.twin else trace)(model, config['input_size']), config=config)

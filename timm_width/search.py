@@ -26,15 +26,15 @@ from .arguments import write_args
 from .budget import Budget
 from .choosing import Answer, choose, choose_sweep, folder_name
 from .comparison import Entry, budget_folder, save_found, times, train_all
-from .config import SUFFIX, load_spec
+from .config import SUFFIX, UNSUFFIXED, load_spec
 from .cost import Macs
 from .data import UsageError
 from .engine import is_primary, say, start_processes, wait_for_all
 from .models import supported
 from .policies.base import Choice
-from .problem import Problem, learning_problem, make_problem, set_budgets
+from .problem import BASE, Problem, learning_problem, make_problem, set_budgets
 from .report import print_table, write_table
-from .search_flags import BASE, check_search_arguments, parse_sweep, policy_names, read_args
+from .search_flags import check_search_arguments, parse_sweep, policy_names, read_args
 from .target import Target, build_target, check_kept, check_measurable, find_target, keep_model, needs_measuring
 
 __all__ = ['main', 'parse', 'search']
@@ -68,7 +68,7 @@ def search(
     # --grid is for the policies that search; a baseline on a coarse grid could not fill the budget
     rules = {label: label in names and args.grid or policy.default_grid for label, policy in found.items()}
     target = find_target(args)
-    plain = make_problem(args, rules)
+    plain = make_problem(args, rules, [label for label, policy in found.items() if policy.chooses_blocks])
     problems = set_budgets(plain, target)
     problem, output = problems[names[0]], Path(args.output)
     _check_open(args, names, found, problem.budgets)
@@ -135,11 +135,12 @@ def _run(
     baselines = {}
     for name in dict.fromkeys(map(policies.label, args.baselines)):
         if name != BASE and name not in names:
-            problem = dataclasses.replace(problems[name], budgets=tuple(budgets))
+            problem = problems[name]
+            problem = dataclasses.replace(problem, budgets=tuple(b.of(problem.space, problem.latency) for b in budgets))
             baselines[name] = _choose(args, problem, learning, name, found[name], options[name])
     entries = []
     if BASE in args.baselines:
-        entries.append(Entry(BASE, Choice({}), problems[names[0]]))
+        entries.append(Entry(BASE, Choice({}), problems.get(BASE, problems[names[0]])))
     for i, budget in enumerate(budgets):
         entries += [Entry(name, found[i][1].choice, problems[name], budget) for name, found in baselines.items()]
         for name in names:
@@ -178,7 +179,9 @@ def _choose(
         options: Any,
 ) -> list[tuple[Budget, Answer, float]]:
     """What a policy chooses: for each budget (whose limit, if it has none, is the network's cost) a network, its search loss."""
-    learning = dataclasses.replace(learning, grid=problem.grid, budgets=problem.budgets)
+    if problem.twin != learning.twin:
+        learning = learning_problem(problem)
+    learning = dataclasses.replace(learning, grid=problem.grid, budgets=problem.budgets, latency=problem.latency)
 
     def make(point: Mapping[str, float]) -> policies.Policy:
         return policy(problem.space, problem.budgets, problem.grid, dataclasses.replace(options, **point), args.seed)
@@ -249,7 +252,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print()
     for path in (e.folder for e in entries if e.folder is not None):
         base = load_spec(path).architecture.removesuffix(SUFFIX)
-        ready = 'import timm_width' if base in supported() else f"import timm_width; timm_width.register('{base}')"
+        ready = 'import timm_width' if base in (*supported(), *UNSUFFIXED) else f"import timm_width; timm_width.register('{base}')"
         print(f"The found model: {ready}; timm.create_model('local-dir:{path}'{trained})")
     if args.seeds > 1 and args.epochs:
         print(f'(its weights are those of seed {args.seed})')

@@ -13,11 +13,11 @@ from .data import DEFAULTS, UsageError, mixes
 from .grids import GRIDS
 from .latency.sampling import LEAST_SAMPLES
 from .losses import resolve_loss
-from .problem import parse_proxy
+from .problem import BASE, parse_proxy
 from .space import MAX_GROWTH
 from .target import add_target_arguments
 
-__all__ = ['BASE', 'check_search_arguments', 'parse', 'parse_sweep', 'policy_names', 'read_args']
+__all__ = ['check_search_arguments', 'parse', 'parse_sweep', 'policy_names', 'read_args']
 
 SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'seeds': (1, None), 'width_divisor': (1, None),
                  'width_min': (0, MAX_GROWTH), 'width_max': (0, MAX_GROWTH), 'latency_batch': (1, None),
@@ -25,7 +25,6 @@ SEARCH_RANGES = {**RANGES, 'epochs': (0, None), 'search_epochs': (1, None), 'see
 # where a search differs from timm's train.py: several trainings and brief ones should end the same day
 SEARCH_DEFAULTS = {'epochs': 50, 'batch_size': 64, 'validation_batch_size': 512, 'sched_on_updates': True,
                    'train_interpolation': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
-BASE = 'base'
 BASELINES = [BASE, 'uniform']
 # what may be another when a search goes on: nothing that decides what the policy has learned so far
 FREE = ('budget', 'sweep', 'baselines', 'seeds', 'epochs', 'workers', 'device', 'output', 'resume', 'overwrite', 'pin_mem',

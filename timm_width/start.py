@@ -10,7 +10,7 @@ import torch
 from timm.models import clean_state_dict, load_state_dict
 from torch import nn
 
-from .config import SUFFIX, ConfigError, Spec, digest, load_spec
+from .config import SUFFIX, ConfigError, Spec, digest, is_ours, load_spec
 from .data import UsageError, first_line
 from .engine import create, model_arguments
 from .models import register
@@ -54,9 +54,11 @@ def build_model(args: Namespace, num_classes: Optional[int]) -> nn.Module:
     wanted = {'drop_rate': args.drop, **wanted}
     if spec is not None:
         base, dot, tag = name.partition('.')
-        name = register(base) + dot + tag
         stored = {k: v for k, v in spec.model_args.items() if k not in ('num_classes', 'in_chans')}
-        wanted = {**stored, **wanted, 'widths': dict(spec.widths), 'skips': list(spec.skips), 'shapes': spec.shapes}
+        wanted = {**stored, **wanted, 'shapes': spec.shapes}
+        if spec.architecture.endswith(SUFFIX):
+            name = register(base) + dot + tag
+            wanted |= {'widths': dict(spec.widths), 'skips': list(spec.skips)}
         if args.importance and args.pretrained:
             wanted['importance'] = args.importance
     inputs = {k: getattr(args, k) for k in ('in_chans', 'img_size', 'input_size')}
@@ -203,6 +205,6 @@ def provenance_of(args: Namespace) -> dict[str, Any]:
     source, _, path = args.model.partition(':')
     if source == 'local-dir':
         config = json.loads((Path(path) / 'config.json').read_text(encoding='utf-8'))
-        if config['architecture'].endswith(SUFFIX):
+        if is_ours(config['architecture']):
             return dict(load_spec(path).provenance)
     return {}

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from timm.models import generate_default_cfgs, register_model
 
-from ..config import ArgumentError, check_stored_args
+from ..config import FORMAT, ArgumentError, check_args, check_shapes, check_stored_args
 from ..space import nearest
 from .gpunet import Block, GPUNet, create_network, default_cfg
 from .prunet_space import DIVISOR, MAX_KERNEL, PrunetError, SearchSpace, base_layers, get_space, is_kernel, is_whole
@@ -121,10 +121,16 @@ def prunet(
         space: Any = None,
         width: float = 1.,
         depth: float = 1.,
+        format: int = FORMAT,
+        shapes: Optional[str] = None,
         **kwargs: Any,
 ) -> GPUNet:
     """PRUNET of given layers, by default those of GPUNet-1 (see `prunet_blocks` and `prunet_space.get_space`)."""
+    check_args(NAME, None, (), format, shapes)
     check_arguments(NAME, kwargs, ('layers', 'space', 'width', 'depth'), ARGUMENTS)
     found = get_space(space, width, depth)
     blocks = prunet_blocks(found, base_layers(found) if layers is None else layers)
-    return create_network(NAME, pretrained, blocks, num_features=found.head, stem_act=found.stem_act, **kwargs)
+    model = create_network(NAME, pretrained, blocks, num_features=found.head, stem_act=found.stem_act, **kwargs)
+    if not kwargs.get('features_only'):
+        check_shapes(model, NAME, shapes)
+    return model

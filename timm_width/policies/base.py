@@ -171,6 +171,7 @@ class Policy(ABC):
             trains an architecture on other images than the weights.
         shrinks: Whether training removes parts of the network.
         sweeps: Options of which a search may try several values after one shared beginning (`shared_epochs`).
+        chooses_blocks: Whether it chooses among the blocks that a layer of the network may be (see twins.py).
         weighs_cost: Whether a budget may have no limit, since the policy weighs costs against accuracy.
         search_loss: What tells which of two searches was the better, without a score, once it is trained: less is.
         free_options: Options that only `choose` reads, so that a search that goes on may be given others.
@@ -185,6 +186,7 @@ class Policy(ABC):
     shrinks: bool = False
     sweeps: tuple[str, ...] = ()
     search_loss: float = math.nan
+    chooses_blocks: bool = False
     weighs_cost: bool = False
     free_options: tuple[str, ...] = ()
 

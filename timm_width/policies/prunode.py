@@ -58,6 +58,7 @@ class Prunode(Policy):
     architecture_share = 0.2
     sweeps = ('alpha', 'beta', 'lam', 'phi', 't_final', 'arch_lr', 'mask_lr')
     shrinks = True
+    chooses_blocks = True
     weighs_cost = True
 
     @dataclass(frozen=True)
@@ -264,7 +265,7 @@ class Prunode(Policy):
                         del widths[group]
                     continue
                 prunode = m.candidates[str(i)]
-                level = prunode.levels[0 if float(self.theta[masks[i]]) < 0 else -1]
+                level = prunode.levels[0 if self.theta[masks[i]].item() < 0 else -1]
                 widths |= prunode.widths[level - 1]
         cost = self.budgets[0].cost
         self.notes.append(f'alpha {self.options.alpha:g} found {cost.show(cost(widths, skips))}, search loss '
