@@ -87,5 +87,5 @@ def test_a_group_without_tables_keeps_its_base_width():
 
 
 def test_blocks_cannot_be_left_out():
-    with pytest.raises(WidthError, match='no block can be left out'):
+    with pytest.raises(WidthError, match="of whole networks: 'b.1' cannot be left out"):
         tables()({}, ['b.1'])

@@ -21,8 +21,8 @@ from torch import nn
 from .space import WidthError, nearest
 
 __all__ = [
-    'FORMAT', 'SUFFIX', 'UNSUFFIXED', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes', 'check_stored_args',
-    'digest', 'fingerprint', 'is_ours', 'load_spec', 'record', 'save', 'unknown_argument',
+    'FORMAT', 'SUFFIX', 'UNSUFFIXED', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes',
+    'check_stored_args', 'digest', 'fingerprint', 'is_ours', 'load_spec', 'record', 'save', 'unknown_argument',
 ]
 
 FORMAT = 1

@@ -134,7 +134,9 @@ def _run(
     budgets = [budget for budget, _, _ in chosen[names[0]]]
     baselines = {}
     for name in dict.fromkeys(map(policies.label, args.baselines)):
-        if name != BASE and name not in names:
+        if name in names and len(names) == 1:
+            baselines[name] = chosen[name]
+        elif name != BASE and name not in names:
             problem = problems[name]
             problem = dataclasses.replace(problem, budgets=tuple(b.of(problem.space, problem.latency) for b in budgets))
             baselines[name] = _choose(args, problem, learning, name, found[name], options[name])
