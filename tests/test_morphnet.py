@@ -176,7 +176,7 @@ def tables(space):
     return Tables(space, 'ms', Factors(grid, 1., dict(zip(names, rising)), pairs))
 
 
-@pytest.mark.parametrize('costs', [(Macs,), (Params,), (_Table,), (tables,), (Macs, tables)], ids=str)
+@pytest.mark.parametrize('costs', [(Macs,), (Params,), (_Table,), (tables,), (Macs, tables)], ids=lambda costs: '+'.join(c.__name__ for c in costs))
 @pytest.mark.parametrize('grouping', ['max', 'l2'])
 def test_the_gradient_is_that_of_finite_differences(grouping, costs):
     """Alive counts held, as they are in a small neighbourhood; on a residual, a depthwise layer and a concatenation."""
