@@ -151,13 +151,13 @@ def test_images_draw_uniformly_another_network_in_every_process_batch_and_update
     policy = OWS(SPACE, budgets(), GRID)
 
     def paths(update=0, rank=0, accumulated=0, count=8):
-        training = SimpleNamespace(seed=3, epoch=0, updates=update, batch=accumulated, args=SimpleNamespace(rank=rank))
+        training = SimpleNamespace(seed=3, epoch=0, epochs=1, batches=(), updates=update, batch=accumulated, args=SimpleNamespace(rank=rank))
         return policy.paths(Step(training, torch.zeros(count, 1), None))
 
     found = [paths(), paths(1), paths(rank=1), paths(accumulated=1), paths(1, 1, 1)]
     assert np.array_equal(paths(), found[0])
     assert all((a != b).any() for a, b in itertools.combinations(found, 2))
-    step = Step(SimpleNamespace(seed=3, epoch=0, updates=0, batch=0, args=SimpleNamespace()), None, None)
+    step = Step(SimpleNamespace(seed=3, epoch=0, epochs=1, batches=(), updates=0, batch=0, args=SimpleNamespace()), None, None)
     assert step.rng.random() != step.image_rng.random()
     for row, widths in zip(paths(count=20_000), GRID.values()):
         np.testing.assert_allclose(np.bincount(row) / len(row), 1 / len(widths), atol=0.015)

@@ -460,7 +460,7 @@ def _searched(folder, out, *more):
         '--model', MODEL, '--data-dir', str(folder), '--policy', 'autoslim', '--baselines', 'base', 'random', '--random.samples', '1',
         '--grid', '0.25,1', '--fix', 'conv1*', '--budget', 'params=0.5x', '--epochs', '1', '--search-epochs', '1', '-b', '4', '-j', '0',
         '--autoslim.statistics', 'recalibrated', '--device', 'cpu', '--img-size', '32', *where, *more])
-    rows, _ = search.search(args, found)
+    rows, *_ = search.search(args, found)
     distributed.destroy_process_group()
     return [{k: v for k, v in row.items() if not k.startswith('latency')} for row in rows]
 

@@ -936,7 +936,7 @@ def test_only_the_first_of_several_processes_writes(image_folder, tmp_path, monk
 
     monkeypatch.setattr(search, 'start_processes', another)
     args, found = parsed(slimming(image_folder, tmp_path / 'x'))
-    table, _ = search.search(args, found)
+    table, *_ = search.search(args, found)
     assert [row['network'] for row in table] == ['base', 'uniform', 'found'] and not any(tmp_path.iterdir())
     assert SimpleNamespace(**table[0]).top1 > 0
 

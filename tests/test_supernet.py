@@ -347,7 +347,7 @@ def test_gates_per_image(name, cached):
 def test_rows_and_vectors_meet_in_one_norm(cached):
     model, space = cached('densenet121')
     net, x = Supernet(model, space).eval(), images()
-    one, two = [space.groups[g].name for g, _ in next(a for a in net._norm_axes.values() if len(a) > 1)][:2]
+    one, two = [space.groups[g].name for g, _ in next(a for a in net.norm_axes.values() if len(a) > 1)][:2]
     vector, row = torch.rand(space[one].steps), torch.rand(2, space[two].steps)
     expected = net(x, gates={one: vector.expand(2, -1), two: row})
     torch.testing.assert_close(net(x, gates={one: vector, two: row}), expected, rtol=1e-4, atol=1e-5)
