@@ -18,6 +18,7 @@ from timm_width.budget import Budget
 from timm_width.conformance import PlantedProblem, PolicyConformance, _Net
 from timm_width.cost import Macs
 from timm_width.factors import Factors, random_widths
+from timm_width.grids import make_grid
 from timm_width.policies import PolicyError, Score
 from timm_width.policies.cafenet import CafeNet
 from timm_width.resize import resize
@@ -322,7 +323,7 @@ def staged(text='macs=0.4x', beta=4., **options):
     return CafeNet(space, [Budget.parse(text, space)], grid, options)
 
 
-@pytest.mark.parametrize('alpha', [1., 2., 4.])
+@pytest.mark.parametrize('alpha', [1.5, 2., 4.])
 def test_stages_shrink_budgets_linearly_and_bins_by_alpha(alpha):
     """Eq. 10; the widths that a stage finds are the largest of the next."""
     policy = staged(stages=3, alpha=alpha)
@@ -363,7 +364,7 @@ def test_beta_and_alpha_are_refused_where_they_would_say_nothing():
         CafeNet.Options(alpha=3.)
 
 
-@pytest.mark.parametrize('alpha', [0.25, 1., 3.])
+@pytest.mark.parametrize('alpha', [1.1, 3.])
 @pytest.mark.parametrize('text', ['macs=0.4x', 'macs=0.12x'])
 def test_the_smallest_network_of_a_stage_is_no_larger_than_that_of_the_stage_before(text, alpha):
     """So that no budget is lost; bins may not grow either, whatever alpha and what was found."""
@@ -414,6 +415,48 @@ def test_what_a_search_goes_on_with_is_of_the_same_grid(stages):
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize('given, rule, settled', [
+    ({}, '', (None, 'flops')), ({}, 'bins', (None, 'bins')), ({'beta': 4.}, '', (4., 'flops:4')), ({'beta': 0.5}, 'flops:0.5', (0.5, 'flops:0.5')),
+    ({'stages': 2}, 'flops:4', (4., 'flops:4')), ({'stages': 2}, '', (1., 'flops')), ({}, 'flops:4', (None, 'flops:4'))])
+def test_the_size_of_bins_need_be_said_once(given, rule, settled):
+    options, found = CafeNet.settle(CafeNet.Options(**given), rule)
+    assert (options.beta, found) == settled
+    space = Suite.space()
+    CafeNet(space, staged().budgets, make_grid(space, found), options)
+
+
+@pytest.mark.parametrize('given, rule, says', [
+    ({'beta': 4.}, 'flops:2', '--grid flops:2 says that the least bin has 2 channels, and cafenet.beta 4: give one'),
+    ({'beta': 4.}, 'bins', 'cafenet.beta 4 is for bins of about the same MACs, .* --grid is bins'),
+    ({'stages': 3}, '0.5,1', 'cafenet.stages 3 is for')])
+def test_bins_that_contradict_one_another_are_refused_by_what_was_given(given, rule, says):
+    with pytest.raises(PolicyError, match=says):
+        CafeNet.settle(CafeNet.Options(**given), rule)
+
+
+@pytest.mark.parametrize('beta, says', [(0.001, True), (4., False)])
+def test_stages_whose_bins_cannot_be_split_are_told(beta, says):
+    policy = staged(beta=beta, stages=2)
+    policy.prepare(_Net(), policy.space)
+    assert any('of stage 1 are of one channel' in note for note in policy.notes) == says
+
+
+@pytest.mark.parametrize('r', [0, 1])
+@pytest.mark.parametrize('options', [
+    {'search': 'greedy'}, {'search': 'random', 'samples': 10 ** 6, 'least': 0.}, {'population': 10, 'iterations': 3},
+    {'population': 100, 'iterations': 100, 'least': 0.95}])
+def test_no_search_takes_more_scores_than_it_says(r, options):
+    """And random ones say no more than there are networks."""
+    space = Suite.space()
+    grid = {name: (g.size // 4, g.size // 2, g.size) for name, g in space.searchable.items()}
+    least = Macs(space)({name: w[0] for name, w in grid.items()})
+    for limit in least, int(0.5 * space.macs()):
+        policy = CafeNet(space, [Budget(Macs(space), limit, 'it')], grid, CafeNet.Options(r=r, **options))
+        problem = Local(grid, 0)
+        policy.choose(problem)
+        assert 0 < len(problem.asked) <= policy.evaluations <= policy.count * 3 ** len(grid)
+
+
 def test_a_space_of_more_networks_than_a_float_holds_is_told():
     policy = make()
     policy.grid = {f'{i}': range(10) for i in range(400)}
@@ -429,7 +472,8 @@ def test_one_stage_is_followed_by_none():
 
 @pytest.mark.parametrize('options, says', [
     ({'r': 4}, 'cafenet.r'), ({'candidates': 'all'}, 'tied, random, coordinate'), ({'search': 'best'}, 'evolutionary, random, greedy'),
-    ({'population': 1}, 'population must be at least 2'), ({'explore': 1.5}, 'from 0 to 1'), ({'alpha': 0.}, 'above 0'),
+    ({'population': 1}, 'population must be at least 2'), ({'explore': 1.5}, 'from 0 to 1'), ({'beta': 0.}, 'above 0'),
+    ({'stages': 2, 'alpha': 1.}, 'alpha must be above 1, not 1: bins become smaller'), ({'stages': 2, 'alpha': 0.5}, 'above 1'),
     ({'stages': 0}, 'stages'), ({'statistics': 'mean'}, 'recalibrated')])
 def test_options_out_of_range_are_refused(options, says):
     with pytest.raises(PolicyError, match=says):
@@ -477,7 +521,7 @@ def test_channels_are_those_of_one_shared_network_alone(tmp_path):
     def run(name, *flags):
         assert cli.main(['search', *SHORT, '--budget', 'macs=0.5x', '--output', str(tmp_path / name), '--model-ema', *flags]) == 0
 
-    cafenet = ['--policy', 'cafenet', '--grid', 'flops:2', '--cafenet.beta', '2', '--cafenet.stages', '2', '--cafenet.r', '2',
+    cafenet = ['--policy', 'cafenet', '--cafenet.beta', '2', '--cafenet.stages', '2', '--cafenet.r', '2',
                '--cafenet.candidates', 'random']
     run('x', *cafenet, '--baselines', 'base', 'autoslim')
     run('other', *cafenet[:2], '--seed', '5')
@@ -498,8 +542,24 @@ def test_channels_are_those_of_one_shared_network_alone(tmp_path):
     assert all(spec.widths.get(name, widths[-1]) in widths for name, widths in grid.items())  # the last stage's
 
 
+def test_what_is_inherited_is_told_and_of_this_search(tmp_path, capsys):
+    """First channels, too: of another search's network they are not the ones that were scored."""
+    for name, more in ('x', []), ('y', ['--seed', '5']):
+        assert cli.main(['search', '--policy', 'cafenet', *SHORT, '--cafenet.r', '0', '--budget', 'macs=0.5x', '--output', str(tmp_path / name),
+                         *more]) == 0
+    assert timm_width.load_spec(tmp_path / 'x').provenance['channels']['kept'] == {}
+    flags = ['--dataset', 'digits', '--model', MODEL, '--widths', str(tmp_path / 'x'), '--num-classes', '10', '--inherit']
+    for name, notes in ('x', False), ('y', True):
+        args, _ = train.parse([*flags, str(tmp_path / name / 'search' / 'cafenet.pth.tar')])
+        capsys.readouterr()
+        start.load_start(start.build_model(args, 10), args)
+        out = capsys.readouterr().out
+        assert '--inherit: the first channels, of the network that a search shared' in out
+        assert ('is not the shared network that these widths were found on: that is search/cafenet.pth.tar' in out) == notes
+
+
 def test_a_search_in_stages_resumes_to_the_same_answer(tmp_path, capsys):
-    flags = ['search', '--policy', 'cafenet', *SHORT, '--budget', 'macs=0.5x', 'macs=0.3x', '--grid', 'flops:2', '--cafenet.beta', '2',
+    flags = ['search', '--policy', 'cafenet', *SHORT, '--budget', 'macs=0.5x', 'macs=0.3x', '--grid', 'flops:2',
              '--cafenet.stages', '2', '--supernet-macs', '1.2', '--output', str(tmp_path / 'x')]
     assert cli.main(flags) == 0
     args = yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())
@@ -530,8 +590,10 @@ def test_another_search_goes_on_from_the_same_training(tmp_path, capsys):
     assert timm_width.load_spec(tmp_path / 'x').provenance['options']['search'] == 'random'
     assert cli.main([*run, str(tmp_path / 'y'), '--cafenet.stages', '2', '--grid', 'flops:1']) == 0
     capsys.readouterr()
+    before = {f: f.read_bytes() for f in (tmp_path / 'y').rglob('*') if f.is_file()}
     assert cli.main(['search', '--resume', str(tmp_path / 'y'), '--cafenet.samples', '3', '--cafenet.search', 'random']) == 2
     assert 'begun with cafenet.search evolutionary, cafenet.samples 2000' in capsys.readouterr().err
+    assert before == {f: f.read_bytes() for f in (tmp_path / 'y').rglob('*') if f.is_file()}
 
 
 def test_resize_is_what_holds_the_channels():

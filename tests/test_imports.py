@@ -18,6 +18,7 @@ ORDER = [
     {'config', 'cost', 'elimination', 'supernet'},
     {'solve'},
     {'assignment', 'bins', 'budget', 'markov', 'mixture', 'tables'},
+    {'stages'},
     {'resize'},
     {'bindings'},
     {'ledger'},

@@ -1,11 +1,13 @@
 """Pictures of a search: they show what the files say, and refuse files that say nothing."""
 import json
 
+import numpy as np
 import pytest
 import timm
 
 import timm_width
-from timm_width import cli
+from timm_width import cli, plots
+from timm_width.config import Spec
 from timm_width.plots import plot_bins, plot_ratios, plot_scores, read_scores
 
 pytest.importorskip('matplotlib')
@@ -36,16 +38,25 @@ def test_the_command_writes_the_three_pictures(folder, capsys):
     assert {p.name for p in (folder / 'macs-0.5x').glob('*.png')} == {'ratios.png', 'bins.png'}
 
 
+def test_a_network_beside_those_of_budgets_is_drawn_with_them(folder):
+    """Of a search that went on with further budgets."""
+    spec = timm_width.load_spec(folder / 'macs-0.5x')
+    model = timm.create_model(f'{MODEL}_width', widths={n: w + 1 for n, w in spec.widths.items()})
+    timm_width.save(model, folder, {'budget': 'macs=0.6x'}, weights=False)
+    assert list(plots._specs(folder)) == ['macs=0.6x', 'macs=0.3x', 'macs=0.5x']
+    assert len(plots._specs(folder / 'macs-0.5x')) == 1
+
+
 def test_a_networks_score_is_that_of_its_best_assignment(folder):
-    assert sorted(read_scores(folder / 'search' / 'cafenet.scores.jsonl')) == [40., 60.]
+    assert sorted(read_scores(folder / 'search' / 'cafenet.scores.jsonl')['']) == [40., 60.]
 
 
 def test_indices_count_steps_and_widths_count_channels(tmp_path):
     path = tmp_path / 'x.scores.jsonl'
     path.write_text(''.join(json.dumps([json.dumps(['shared', {'a': a}, [], None, 'batch']), [top1, 1.]]) + '\n'
                             for a, top1 in ((16, 50.), ([[0, 1], [2, 1]], 60.), (24, 40.))))
-    assert read_scores(path, {'a': 8}) == [60., 40.]
-    assert read_scores(path) == [50., 60., 40.]  # two steps of one channel are another width
+    assert read_scores(path, {'a': 8}) == {'': [60., 40.]}
+    assert read_scores(path) == {'': [50., 60., 40.]}  # two steps of one channel are another width
 
 
 def test_figures_show_ratios_bins_and_scores(folder):
@@ -54,11 +65,32 @@ def test_figures_show_ratios_bins_and_scores(folder):
     [axes] = plot_ratios(specs, base).axes
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == [spec.widths[n] / base[n] for spec in specs.values() for n in base]
-    sizes, numbers = ([bar.get_height() for bar in axes.patches] for axes in plot_bins({'a': (2, 4, 6, 9), 'b': (5,)}).axes)
-    assert sizes == [2, 5] and numbers == [4, 1]
-    [axes] = plot_scores({'x': [1., 2., 2.], 'y': [3.]}).axes
-    assert sum(bar.get_height() for bar in axes.patches) == 4
+    above, below = plot_bins({'x': {'a': (2, 4, 6, 9), 'b': (5,)}, 'y': {'a': (2, 4, 6, 9), 'b': (5,)}}).axes
+    bins, last = (points.get_offsets().tolist() for points in above.collections)
+    assert [y for _, y in bins] == [2] and [y for _, y in last] == [3, 5] and [b.get_height() for b in below.patches] == [4, 1]
+    assert len(plot_bins({'x': {'a': (2, 4)}, 'y': {'a': (1, 4)}}).axes[0].collections) == 4
     plot_scores({'x': [1., 1.]})
+
+
+def test_groups_that_were_searched_are_shown_at_their_base_width():
+    [axes] = plot_ratios({'x': Spec('a_width', {'b': 2})}, {'a': 4, 'b': 4, 'c': 4}, {'a', 'b'}).axes
+    assert [bar.get_height() for bar in axes.patches] == [1, 0.5]
+
+
+def test_scores_count_for_the_lowest_budget_that_they_are_within(folder):
+    space = timm_width.trace(timm.create_model(MODEL))
+    within = plots._budget_of(folder, plots._specs(folder), space)
+    assert within({}, ()) == 'over macs=0.5x' and within(space.scaled(0.3), ()) == 'macs=0.3x'
+    assert within({n: g.size * 5 // 8 for n, g in space.searchable.items()}, ()) == 'macs=0.5x' and within({'no': 1}, ()) == ''
+
+
+@pytest.mark.parametrize('images', [7, 143, 1000, 50_000])
+def test_bars_take_in_equally_many_of_the_accuracies_that_there_are(images):
+    """All of them seen once: all bars but the last are of one height."""
+    right = range(images // 3, images // 3 + min(images // 2, 500))
+    scores = [100 * k / images for k in right]
+    bars = np.histogram(scores, plots._edges(scores))[0].tolist()
+    assert sum(bars) == len(right) and len(bars) <= 40 and len(set(bars[:-1])) <= 1
 
 
 @pytest.mark.parametrize('text', ['nonsense\n', '[1, 2]\n', '["[]", [1, 2]]\n', '["[1, 2]", [1, 2]]\n'])

@@ -21,6 +21,20 @@ def test_a_choice_keeps_its_channels():
     assert policies.Choice._make(choice).channels == {}
 
 
+def test_a_greedy_path_compares_as_many_networks_as_is_said():
+    """At most, and where it slims all groups in turn so many."""
+    grid = {'a': (1, 2, 3), 'b': (1, 2, 3, 4), 'c': (5,)}
+    for in_turn in True, False:
+        compared = []
+
+        def best(_, slimmer, compared=compared, in_turn=in_turn):
+            compared.extend(slimmer)
+            return max(slimmer, key=lambda w: (min(w['a'], w['b']) if in_turn else w['a'], w['b']))
+
+        assert len(list(policies.greedy_path(grid, {'a': 3, 'b': 4, 'c': 5}, best))) == 6
+        assert (len(compared) == policies.greedy_scores(grid)) == in_turn and len(compared) <= 9
+
+
 def test_an_answer_has_as_many_channels_as_its_widths_say():
     """Groups of unit 8 are kept by steps; numbers of NumPy are not what JSON holds."""
     space = timm_width.trace(timm.create_model('regnetx_002'))

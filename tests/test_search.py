@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import timm_width
-from timm_width import cli, comparison, data, engine, holdout, policies, problem, search, target
+from timm_width import cli, comparison, data, engine, holdout, policies, problem, search, start, target
 from timm_width.budget import Budget
 from timm_width.cost import Macs, Params
 from timm_width.grids import make_grid
@@ -124,9 +124,9 @@ def test_provenance_says_how_it_was_found(digits_run):
 def test_searched_model_trains(digits_run, tmp_path, capsys):
     """From the folder of a search, and from the channels of the network that it shared."""
     shared = ['--model', MODEL, '--widths', str(digits_run), '--inherit', str(digits_run / 'search' / 'autoslim.pth.tar')]
-    for name, start in {'scratch': ['--model', f'local-dir:{digits_run}'], 'inherited': shared}.items():
+    for name, begin in {'scratch': ['--model', f'local-dir:{digits_run}'], 'inherited': shared}.items():
         output = tmp_path / name
-        assert cli.main(['train', *start, '--dataset', 'digits', *SHORT[:2], *SHORT[4:], '--output', str(tmp_path), '--experiment',
+        assert cli.main(['train', *begin, '--dataset', 'digits', *SHORT[:2], *SHORT[4:], '--output', str(tmp_path), '--experiment',
                          'x' + name, '--save-pretrained', str(output), '--num-classes', '10']) == 0
         assert 'top1' in capsys.readouterr().out
         spec, old = timm_width.load_spec(output), timm_width.load_spec(digits_run)
@@ -536,7 +536,7 @@ def test_policies_know_neither_timm_nor_the_engine_nor_one_another():
         assert not [n for n in names if n.split('.')[0] in ('timm', 'torchvision')]
         assert {n for n in names if n.startswith('.')} <= {
             '.base', '..assignment', '..bins', '..budget', '..cost', '..elimination', '..factors', '..markov', '..masking', '..mixture', '..moving',
-            '..solve', '..space', '..supernet'}, path
+            '..solve', '..space', '..stages', '..supernet'}, path
 
 
 def test_policies_are_found_without_entry_points(monkeypatch):
@@ -593,7 +593,10 @@ WRONG = {
     'one of the budgets': (['--budget', 'macs=0.5x', 'params=1K'], "budget 'params=1K'"),
     'budget twice': (['--budget', 'macs=0.5x', 'macs=0.5x'], 'names one twice'),
     'grid': (['--grid', 'aosw'], "did you mean 'aows'"),
-    'grid number': (['--grid', 'bins:0'], "--grid 'bins:0'"),
+    'grid number': (['--grid', 'bins:0'], "--grid 'bins:0': the number of bins must be a whole number of 1 or more"),
+    'grid number of flops': (['--grid', 'flops:0'], 'the number of flops must be a number above 0'),
+    'coarse grid': (['--grid', 'flops:40', '--budget', 'macs=0.1x', '--width-divisor', '1'], 'a smaller beta has smaller bins'),
+    'option of another policy': (['--aows.solver', 'exact'], '--aows.solver is an option of --policy aows, which'),
     'grid ratios': (['--grid', '0.5,big'], "--grid '0.5,big'"),
     'no group': (['--fix', '*'], 'no searchable group'),
     'fix': (['--fix', 'no.such'], "--fix 'no.such'"),
@@ -838,26 +841,46 @@ def test_a_finished_search_resumed_computes_nothing(copied, finished, events, im
 
 
 def test_resumed_there_and_back_the_weights_are_those_of_the_table(copied, finished, events):
-    """With another budget or number of epochs, and then with the first again: what is saved is what was asked for last."""
-    for flags in (['--budget', 'macs=0.45x'], ['--budget', 'macs=0.5x'], ['--epochs', '2'], ['--epochs', '1']):
-        assert events.run(['search', '--resume', str(copied), *flags])[0] == 0
-        assert said(copied)['train'] == {'epochs': 2 if '2' in flags else 1}
+    """With another number of epochs, and then with the first again: what is saved is what was asked for last."""
+    for epochs in '2', '1':
+        assert events.run(['search', '--resume', str(copied), '--epochs', epochs])[0] == 0
+        assert said(copied)['train'] == {'epochs': int(epochs)}
     assert (copied / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
     assert timm_width.load_spec(copied).widths == timm_width.load_spec(finished).widths
     assert without_times(copied) == without_times(finished)
 
 
-def test_resumed_with_another_budget_it_trains_no_shared_network_again(copied, finished, events):
-    """Each budget gets a folder, with weights; what was found for the first is the same, and its accuracy, too."""
-    code, done = events.run(['search', '--resume', str(copied), '--budget', 'macs=0.5x', 'macs=0.45x'])
-    assert code == 0 and ('save', 'autoslim.pth.tar') not in done
-    for name in ('macs-0.5x', 'macs-0.45x'):
+def test_resumed_with_further_budgets_it_keeps_what_it_has(copied, finished, events):
+    """No shared network is trained again; what was found stays where it is, and its rows in the table; others get folders."""
+    for text in 'macs=0.45x', 'macs=0.4x':
+        code, done = events.run(['search', '--resume', str(copied), '--budget', text])
+        assert code == 0 and ('save', 'autoslim.pth.tar') not in done
+    assert {f.name for f in copied.iterdir()} == {*RESULTS, 'macs-0.45x', 'macs-0.4x'}
+    for name in ('.', 'macs-0.45x', 'macs-0.4x'):
         timm.create_model(f'local-dir:{copied / name}', pretrained=True)
-    assert timm_width.load_spec(copied / 'macs-0.5x').widths == timm_width.load_spec(finished).widths
-    tops = {(r['network'], r['budget']): r['top1'] for r in rows(copied)}
-    assert tops['found', 'macs=0.5x'] == by_name(finished)['found']['top1']
-    weights = [load_file(f / 'model.safetensors') for f in (copied / 'macs-0.5x', finished)]
-    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
+        assert said(copied / name)['budget'] == (name.replace('-', '=') if name != '.' else 'macs=0.5x')
+    for name in 'config.json', 'model.safetensors':
+        a, b = (timm_width.load_spec(f).widths if name == 'config.json' else (f / name).read_bytes() for f in (copied, finished))
+        assert a == b
+    assert yaml.safe_load((copied / 'args.yaml').read_text())['budget'] == ['macs=0.5x', 'macs=0.45x', 'macs=0.4x']
+    table = without_times(copied)
+    assert [row for row in table if row['budget'] in ('', 'macs=0.5x')] == without_times(finished) and len(table) == 7
+    assert events.run(['search', '--resume', str(copied)]) == (0, [('table',)]) and without_times(copied) == table
+
+
+def test_a_further_budget_of_a_search_of_several_gets_a_folder_too(image_folder, tmp_path, capsys):
+    run = tmp_path / 'x'
+    assert cli.main(command(image_folder, run, '--budget', 'macs=0.5x', 'macs=0.4x', '--epochs', '0', policy='uniform')) == 0
+    assert cli.main(['search', '--resume', str(run), '--budget', 'macs=0.6x']) == 0
+    assert {f.name for f in run.iterdir()} == {'args.yaml', 'summary.csv', 'macs-0.4x', 'macs-0.5x', 'macs-0.6x'}
+    assert [r['budget'] for r in rows(run) if r['network'] == 'found'] == ['macs=0.5x', 'macs=0.4x', 'macs=0.6x']
+    widths = ['train', '--dataset', 'digits', '--model', MODEL, *SHORT[:2], '--output', str(tmp_path / 'y'), '--widths']
+    refused([*widths, str(run)], capsys, f'holds 3 networks, {run}/macs-0.4x (macs=0.4x), {run}/macs-0.5x (macs=0.5x), ')
+    shutil.rmtree(run / 'macs-0.6x')
+    shutil.move(run / 'macs-0.5x' / 'config.json', run / 'config.json')
+    refused([*widths, str(run)], capsys, f'{run}/config.json (macs=0.5x), {run}/macs-0.4x (macs=0.4x): give one of them')
+    args = SimpleNamespace(widths=str(run / 'config.json'), model=MODEL)
+    assert start.widths_of(args).provenance['budget'] == 'macs=0.5x'
 
 
 def test_resumed_with_more_seeds_epochs_or_baselines(copied, finished, events):

@@ -61,10 +61,14 @@ class Parser(ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=_Formatter, **kwargs)
+        self.elsewhere: dict[str, str] = {}  # flag that another policy has -> that policy
 
     def error(self, message: str):
         if message.startswith('unrecognized arguments: -'):
             flag = message.split()[2]
+            owner = self.elsewhere.get(flag.partition('=')[0])
+            if owner:
+                raise UsageError(f'{flag} is an option of --policy {owner}, which this search does not run')
             message += nearest(flag, [s for a in self._actions for s in a.option_strings])
         raise UsageError(f'{message} (--help lists the flags)')
 

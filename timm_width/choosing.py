@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Optional, Union
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -21,7 +22,10 @@ from .holdout import Holdout, Journal
 from .policies.base import Choice, Grid
 from .problem import Problem
 
-__all__ = ['Answer', 'after_epoch', 'choose', 'choose_sweep', 'folder_name']
+__all__ = ['Answer', 'after_epoch', 'check_begun', 'choose', 'choose_sweep', 'folder_name']
+
+
+PROGRESS = '{desc}: {n_fmt} of up to {total_fmt} scores, {elapsed} so far, up to {remaining} left{postfix}\n'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +35,34 @@ class Answer:
     Attributes:
         choice: The network.
         grid: What it was chosen from: of several stages, that of the last.
-        source: The shared network whose channels it is made of, if these are not the first ones: its digest, `of`, and its
-            `file` in the folder of the search.
+        source: The shared network whose channels it is made of, if there is one: its digest, `of`, and its `file` in the folder of
+            the search.
     """
     choice: Choice
     grid: Grid
     source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def check_begun(problem: Problem, name: str, policy: policies.Policy) -> None:
+    """Refuses to go on with what another policy has begun, or this one with other options: before anything is written.
+
+    Args:
+        problem: What it learns on.
+        name: What it is called.
+        policy: It.
+
+    Raises:
+        PolicyError: It cannot go on.
+    """
+    path = Path(problem.args.output) / 'search' / f'{name}.pth.tar'
+    if not problem.args.resume or not path.is_file():
+        return
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['extra']
+    except Exception:  # a damaged file: the training that goes on from it says so
+        return
+    if isinstance(state, dict):
+        policy.check_state(state)
 
 
 def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Answer]:
@@ -134,19 +160,17 @@ def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[A
     def train(choice: Choice) -> nn.Module:
         return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', _warmup(args)).run()
 
-    about = policy.evaluations
-    if about and not sys.stderr.isatty():
-        say(args, f'{name}: choosing by about {about} scores')
+    most = policy.evaluations
     # where there is no terminal, a line a minute instead of a bar
-    slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': '{desc}: {n_fmt} scores, {elapsed}\n'}
-    with tqdm(total=about, desc=f'choose ({name})', unit='net', disable=not is_primary(args) or not about, **slow) as bar:
+    slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': PROGRESS}
+    with tqdm(total=most, desc=f'choose ({name})', unit='score', disable=not is_primary(args) or not most, **slow) as bar:
         found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
     _say_notes(args, name, policy)
     choices = [_checked(problem, name, c) for c in found]
     for choice, budget in zip(choices, policy.goals, strict=True):
         if not budget.met(*choice):
             raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
-    return [Answer(choice, problem.grid, source if choice.channels else {}) for choice in choices]
+    return [Answer(choice, problem.grid, source) for choice in choices]
 
 
 def _checked(problem: Problem, name: str, found: Choice) -> Choice:

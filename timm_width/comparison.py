@@ -12,7 +12,7 @@ from torch import nn
 
 from .budget import Budget
 from .choosing import after_epoch, folder_name
-from .config import fingerprint, load_spec, save
+from .config import fingerprint, load_spec, networks_in, save
 from .engine import Training, is_primary, of_primary, say, top1
 from .holdout import Journal
 from .policies.base import Choice
@@ -57,9 +57,10 @@ class Entry:
 
 
 def budget_folder(output: Path, budgets: Sequence[str], budget: str) -> Path:
-    """Where what was found for a budget is saved: the folder itself for a single one, unless it holds that of another."""
-    if len(budgets) == 1 and (
-            not (output / 'config.json').is_file() or load_spec(output).provenance.get('budget') == budget):
+    """Where what was found for a budget is saved: where it is already; or the folder itself, if it is for a single one."""
+    there = {path: str(spec.provenance.get('budget')) for path, spec in networks_in(output, depth=1, strict=False).items()}
+    there = {path: text for path, text in there.items() if path in (output, output / folder_name(text))}
+    if there.get(output) == budget or len(budgets) == 1 and not there:
         return output
     return output / folder_name(budget)
 
@@ -90,6 +91,7 @@ def times(entries: Sequence[Entry], target: Target, args: Namespace) -> list[tup
     names = [json.dumps([e.problem.space.architecture, {n: w for n, w in e.choice.widths.items() if w != e.problem.space[n].size},
                          e.choice.skips], sort_keys=True) for e in entries]
     networks = {name: e.model(args.seed) for name, e in zip(names, entries)}  # what is the same, once
+    say(args, f'timing {len(networks)} networks')
     found = target.measure(networks, entries[0].problem.space.input_size)
     return [(round(found[name].ms, 4), round(found[name].spread, 4)) for name in names]
 

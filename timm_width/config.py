@@ -22,7 +22,7 @@ from .space import WidthError, nearest
 
 __all__ = [
     'FORMAT', 'SUFFIX', 'UNSUFFIXED', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes',
-    'check_stored_args', 'digest', 'fingerprint', 'is_ours', 'load_spec', 'record', 'save', 'unknown_argument',
+    'check_stored_args', 'digest', 'fingerprint', 'is_ours', 'load_spec', 'networks_in', 'record', 'save', 'unknown_argument',
 ]
 
 FORMAT = 1
@@ -30,6 +30,7 @@ SUFFIX = '_width'
 UNSUFFIXED = ('prunet',)  # architectures whose own arguments say what a search found; at other widths they are `<name>_width`, too
 MAX_BYTES = 4 << 20
 MAX_GROUPS = 20_000
+MAX_SIDE = 8192  # of images
 MODEL_ARGS = ('widths', 'skips', 'format', 'shapes')
 NOT_STORED = ('device', 'dtype', 'features_only', 'out_indices', 'feature_cls')  # for the caller alone to say
 STORED_BOUNDS = {'num_classes': (0, 1_000_000), 'in_chans': (1, 4096), 'drop_rate': (0, 1), 'drop_path_rate': (0, 1)}
@@ -59,6 +60,7 @@ class Spec:
         model_args: Other arguments of the architecture, such as in_chans.
         provenance: How the widths were found; nothing reads it at load.
         shapes: Fingerprint of the model that these widths must give, if known.
+        input_size: Channels, height and width of the images that it was searched for, if known.
     """
     architecture: str
     widths: Mapping[str, int]
@@ -66,6 +68,7 @@ class Spec:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     shapes: Optional[str] = None
+    input_size: Optional[tuple[int, int, int]] = None
 
 
 def check_args(name: str, widths: Any, skips: Any, format: Any, shapes: Any) -> None:
@@ -261,7 +264,42 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
     if wrong:  # checkpoint_path, say: a config names no file
         raise ConfigError(f"{path}: model_args cannot set {', '.join(wrong)}: not an argument of a model but of create_model")
     provenance = data.get('timm_width', {})
-    return Spec(name, dict(widths), tuple(skips), rest, provenance if isinstance(provenance, dict) else {}, args.get('shapes'))
+    return Spec(name, dict(widths), tuple(skips), rest, provenance if isinstance(provenance, dict) else {}, args.get('shapes'),
+                _input_size(data.get('pretrained_cfg', {}).get('input_size')))
+
+
+def _input_size(found: Any) -> Optional[tuple[int, int, int]]:
+    """That of timm's data config, if it is one."""
+    if isinstance(found, list) and len(found) == 3 and all(type(n) is int and 1 <= n <= MAX_SIDE for n in found):
+        return tuple(found)
+    return None
+
+
+def networks_in(folder: Union[str, os.PathLike], depth: int = 2, strict: bool = True) -> dict[Path, Spec]:
+    """What a search has saved in its folder: in the folder itself, and in folders in it, of budgets or policies each.
+
+    Args:
+        folder: The folder.
+        depth: How far down to look.
+        strict: Whether to refuse what cannot be read, instead of leaving it out.
+
+    Returns:
+        Folder -> what its config.json says, the outer ones first; without those of other models.
+
+    Raises:
+        ConfigError: One of them cannot be read, and `strict` is set.
+    """
+    folder, found = Path(folder), {}
+    for level in range(depth + 1):
+        for path in sorted(folder.glob('*/' * level + 'config.json')):
+            hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)  # half written
+            try:
+                if not hidden and path.is_file() and is_ours(_read(path)[0]['architecture']):
+                    found[path.parent] = load_spec(path)
+            except ConfigError:
+                if strict:
+                    raise
+    return found
 
 
 def check_config(path: Union[str, os.PathLike]) -> None:

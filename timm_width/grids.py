@@ -18,7 +18,7 @@ from .data import UsageError
 from .policies.base import Grid
 from .space import MAX_GROWTH, Group, WidthSpace, nearest
 
-__all__ = ['GRIDS', 'growth', 'make_grid', 'squeezes']
+__all__ = ['GRIDS', 'finer', 'growth', 'make_grid', 'single_widths', 'squeezes']
 
 DIVISOR = 8
 SQUEEZE = re.compile('SEModule|SEWithNorm|SqueezeExcit|BlockESE|GatherExcite')  # classes of squeeze-excite in timm
@@ -76,10 +76,12 @@ GRIDS: dict[str, _Rule] = {
     'dmcp': _Rule(_dmcp, 0.1, 1.0, 0.1, 'down in tenths of the base width; --width-divisor is 1', 1, 'a share'),
     'prunode': _Rule(_multiples, 0.0, 1.0, 0, 'all multiples of --width-divisor, which is 32', 32),
     'bins': _Rule(_bins, 0.0, 1.0, 10, '10 equal parts of the largest width'),
-    'flops': _Rule(None, 0.0, 1.0, 1, 'bins of about the same MACs, of 1 channel or more; --width-divisor is 1', 1, 'a number'),
+    'flops': _Rule(None, 0.0, 1.0, 1, 'bins of about the same MACs; flops:BETA for bins of BETA channels or more, 1 by default, '
+                   'below 1 for smaller ones; --width-divisor is 1', 1, 'a number'),
 }
 _NUMBERS: dict[str, Callable[[float], bool]] = {
     'a whole number': lambda n: n >= 1 and n.is_integer(), 'a share': lambda n: 0 < n <= 1, 'a number': lambda n: 0 < n < math.inf}
+_BOUNDS = {'a whole number': ' of 1 or more', 'a share': ' above 0, to 1', 'a number': ' above 0'}
 
 
 def make_grid(
@@ -154,8 +156,31 @@ def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
             raise ValueError
         return GRIDS['multiples'], 0, ratios
     except ValueError:
+        if name in GRIDS:
+            is_a = GRIDS[name].number_is
+            raise UsageError(f"--grid '{kind}': the number of {name} must be {is_a}{_BOUNDS[is_a]}, "
+                             f'as in {name}:{GRIDS[name].number:g}') from None
         raise UsageError(f"--grid '{kind}' is not a grid{nearest(name, GRIDS)}: give one of {', '.join(GRIDS)} (aows:10, dmcp:0.05 "
                          f"or flops:0.5 for another number), or ratios from above 0 to {MAX_GROWTH}, as in 0.25,0.5,1") from None
+
+
+def finer(kind: str) -> str:
+    """What to do where the smallest network of a grid is too large: the end of a sentence."""
+    rule, number, _ = _parse(kind)
+    if rule.widths is None:
+        return (f'. That is the smallest of the bins of flops:{number:g} (in a search of several stages, of the first): a smaller '
+                'beta has smaller bins')
+    return f'. That is the smallest of the grid {kind}: a finer one, a smaller --width-min or --width-divisor has smaller ones'
+
+
+def single_widths(kind: str, grid: Grid) -> str:
+    """Says which groups have a single width on a grid, in brackets; empty if none has."""
+    names = [name for name, widths in grid.items() if len(widths) == 1]
+    if not names:
+        return ''
+    shown = ', '.join(names[:3]) + ', ...' * (len(names) > 3)
+    help = '; a smaller beta splits them' if _parse(kind)[0].widths is None else ''
+    return f" ({len(names)} {'has' if len(names) == 1 else 'have'} a single width on the grid {kind}: {shown}{help})"
 
 
 def _step(group: Group, divisor: int) -> int:

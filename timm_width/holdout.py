@@ -1,6 +1,7 @@
 """Scores for a policy: of the shared network at widths, and of networks trained briefly by themselves, on the holdout."""
 import itertools
 import json
+import math
 import numbers
 import os
 from argparse import Namespace
@@ -98,6 +99,7 @@ class Holdout:
     ):
         self.args, self.network, self.training, self.batches = args, network, training, batches
         self.train, self.journal, self.bar = train, journal, bar
+        self.best = -math.inf
         self._kept: list = []
         self._calibration: list = []
 
@@ -121,7 +123,8 @@ class Holdout:
 
     def _recall(self, key: list, compute: Callable[[], tuple[float, float]]) -> Score:
         found = Score(*self.journal.recall(key, compute))
-        self.bar.set_postfix_str(f'top-1 {found.top1:.2f}', refresh=False)
+        self.best = max(self.best, found.top1)
+        self.bar.set_postfix_str(f'best so far {self.best:.2f} %', refresh=False)
         self.bar.update()
         return found
 

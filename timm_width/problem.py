@@ -10,12 +10,12 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .budget import Budget
+from .budget import Budget, BudgetError
 from .cost import Cost, Macs, Params
 from .data import TwoParts, UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
 from .factors import Factors
-from .grids import growth, make_grid, squeezes
+from .grids import finer, growth, make_grid, squeezes
 from .models import register
 from .policies.base import Choice, Grid
 from .resize import resize
@@ -52,6 +52,7 @@ class Problem:
         budgets: What the answers must meet; set by `set_budgets`.
         config: timm's data config of the model.
         latency: What a latency model predicts, if there is one.
+        rule: Name of the grid.
         twin: Name of the model with all blocks that a layer may be, if `space` is that model's (see twins.py).
     """
     args: Namespace
@@ -63,6 +64,7 @@ class Problem:
     budgets: tuple[Budget, ...]
     config: Mapping[str, Any]
     latency: Optional[Cost] = None
+    rule: str = ''
     twin: str = ''
 
     def model(self, choice: Choice, seed: int) -> nn.Module:
@@ -178,7 +180,8 @@ def make_problem(args: Namespace, rules: Mapping[str, str], of_blocks: Collectio
             low = min(widths[0] / space[name].size for name, widths in grids[policy].items())
             high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
-    found = {policy: Problem(args, View(splits.train), View(splits.validation), splits.targets, space, grid, (), config)
+    views = View(splits.train), View(splits.validation)
+    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy])
              for policy, grid in grids.items()}
     if has_twin(args.model) and any(policy in of_blocks for policy in found):
         for flag in ('grid', 'width_divisor', 'width_min', 'width_max', 'supernet_macs', 'fix'):
@@ -192,7 +195,8 @@ def make_problem(args: Namespace, rules: Mapping[str, str], of_blocks: Collectio
         found = {policy: replace(p, grid=wide[policy]) for policy, p in found.items()}  # what is found may be larger than the base
         first = next(iter(found.values()))
         of_twin = replace(first, space=whole, grid=twin_grid(twin), twin=twin_name(args.model))
-        found = {BASE: first, **{policy: of_twin if policy in of_blocks else p for policy, p in found.items()}}
+        found = {BASE: first, **{policy: replace(of_twin, rule=p.rule) if policy in of_blocks else p
+                                 for policy, p in found.items()}}
     return found
 
 
@@ -228,6 +232,10 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
             except WidthError as e:
                 raise UsageError(f'--latency-model {args.latency_model}: {e}; search the grid that was measured, or measure '
                                  'this one') from e
+            except BudgetError as e:
+                steps = {name: space[name].unit for name in grid}
+                coarse = budget.limit < budget.cost(ends[0]) and latency is None and budget.met(steps)
+                raise BudgetError(f"{e}{finer(problem.rule) if coarse else ''}") from None
         found[policy] = replace(problem, grid=grid, budgets=budgets, latency=latency)
     return found
 

@@ -24,12 +24,13 @@ import torch
 from . import policies, search_flags
 from .arguments import write_args
 from .budget import Budget
-from .choosing import Answer, choose, choose_sweep, folder_name
+from .choosing import Answer, check_begun, choose, choose_sweep, folder_name
 from .comparison import Entry, budget_folder, save_found, times, train_all
 from .config import SUFFIX, UNSUFFIXED, load_spec
 from .cost import Macs
 from .data import UsageError
 from .engine import is_primary, say, start_processes, wait_for_all
+from .grids import single_widths
 from .models import supported
 from .policies.base import Choice
 from .problem import BASE, Problem, learning_problem, make_problem, set_budgets
@@ -59,14 +60,15 @@ def search(
         The rows of the final table, the networks that they are of, and what measured their latency.
     """
     check_search_arguments(args, found)
-    options = {name: policies.read_options(args, name, policy) for name, policy in found.items()}
+    names = [policies.label(name) for name in policy_names(args.policy)]
+    # --grid is for the policies that search; a baseline on a coarse grid could not fill the budget
+    settled = {name: policy.settle(policies.read_options(args, name, policy), args.grid or '' if name in names else '')
+               for name, policy in found.items()}
+    options, rules = ({name: pair[i] for name, pair in settled.items()} for i in (0, 1))
     before = vars(args).get('world_size')
     start_processes(args)
     if args.resume and before not in (None, args.world_size):  # their number decides learning rates
         raise UsageError(f"--resume '{args.output}': the search there ran in {before} processes, not {args.world_size}")
-    names = [policies.label(name) for name in policy_names(args.policy)]
-    # --grid is for the policies that search; a baseline on a coarse grid could not fill the budget
-    rules = {label: label in names and args.grid or policy.default_grid for label, policy in found.items()}
     target = find_target(args)
     plain = make_problem(args, rules, [label for label, policy in found.items() if policy.chooses_blocks])
     problems = set_budgets(plain, target)
@@ -77,6 +79,9 @@ def search(
     if measuring:
         check_measurable(problem.args, target, problem.space, rules[names[0]])
     check_kept(args, target, [label for label, policy in found.items() if policy.learns_budget])
+    for name in () if measuring or args.sweep else names:
+        p = problems[name]
+        check_begun(p, name, found[name](p.space, p.budgets, p.grid, options[name], args.seed))
     if is_primary(args):
         _prepare_output(args, output)
         keep_model(args, target)
@@ -86,7 +91,8 @@ def search(
         problems = set_budgets(plain, target)
         problem = problems[names[0]]
         learning = dataclasses.replace(learning, budgets=problem.budgets, latency=problem.latency)
-    say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search; '
+    single = '' if problem.twin else single_widths(problem.rule, problem.grid)
+    say(args, f'{problem.space.architecture}: {len(problem.grid)} of {len(problem.space.searchable)} groups to search{single}; '
                f'{len(learning.train)} images train, {len(learning.held)} score; ' + ', '.join(map(str, problem.budgets)))
     if args.supernet_macs:
         macs, largest = Macs(problem.space), {n: widths[-1] for n, widths in problem.grid.items()}
@@ -157,8 +163,7 @@ def _run(
             continue
         name = names[0] if e.name == 'found' else e.name
         answer, loss = told[name, e.budget.text]
-        rule = args.grid or found[name].default_grid
-        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, rule, options[name], rows[i], target, answer))
+        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, options[name], rows[i], target, answer))
         if not math.isnan(loss):
             for row in rows:
                 row.setdefault('search_loss', '')
@@ -222,7 +227,7 @@ def _earlier_folders(output: Path) -> list[str]:
     return [folder_name(text) for text in texts if re.fullmatch(r'\s*\w+\s*=[\s\w.]+', text)]
 
 
-def _provenance(problem: Problem, name: str, rule: str, options: Any, row: Mapping[str, Any], target: Target,
+def _provenance(problem: Problem, name: str, options: Any, row: Mapping[str, Any], target: Target,
                 answer: Answer) -> dict[str, Any]:
     args = problem.args
     costs = {'macs': row['macs'], 'params': row['params'], 'latency_ms': {
@@ -230,10 +235,10 @@ def _provenance(problem: Problem, name: str, rule: str, options: Any, row: Mappi
     if row.get('predicted_ms', '') != '':
         costs['latency_ms'] |= {'predicted': row['predicted_ms'], 'model': target.told()}
     kept = {n: list(steps) for n, steps in answer.choice.channels.items()}
-    channels = {'channels': {**answer.source, 'kept': kept}} if kept else {}  # what train --inherit cuts from the shared network
+    channels = {'channels': {**answer.source, 'kept': kept}} if answer.source else {}  # what train --inherit takes
     return {
         'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed,
-        'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in answer.grid.items()}},
+        'budget': row['budget'], 'grid': {'rule': problem.rule, **{name: list(widths) for name, widths in answer.grid.items()}},
         'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs,
         **channels}

@@ -46,6 +46,8 @@ def parse(
     first.add_argument('--baselines', nargs='+')
     known, _ = first.parse_known_args(argv)
     earlier = read_args(known.resume) if known.resume else {}
+    if earlier:
+        earlier['budget'] = _budgets(earlier)
     for name, default in ('policy', None), ('dataset', None), ('baselines', BASELINES):
         setattr(known, name, getattr(known, name) or earlier.get(name, default))
 
@@ -63,7 +65,8 @@ def parse(
     searching = policy_names(known.policy or '')
     length = policies.load(searching[0]).search_epochs if len(searching) == 1 else policies.Policy.search_epochs
     usual = length if searching else "the paper's"
-    group.add_argument('--search-epochs', type=int, metavar='N', help=f"length of the policy's own training (default: {usual})")
+    group.add_argument('--search-epochs', type=int, metavar='N',
+                       help=f"length of the policy's own training, after which it scores networks (default: {usual})")
     group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
                        help='part of the training images on which the policy chooses')
     group.add_argument('--proxy', default='', metavar='HOW',
@@ -89,7 +92,7 @@ def parse(
     group.add_argument('--output', required=not known.resume, metavar='FOLDER', help='new or empty folder for the results')
     group.add_argument('--overwrite', action='store_true', help='replace the results of an earlier run in --output')
     group.add_argument('--resume', metavar='FOLDER', help='go on with the search in that folder; flags come from there, and '
-                       '--budget, --baselines, --seeds and --epochs may be others')
+                       '--baselines, --seeds and --epochs may be others; another --budget comes to those there')
     found = {}
     for name in dict.fromkeys([*(searching or [None]), *known.baselines]):
         label = policies.label(name) if name else BASE
@@ -98,6 +101,8 @@ def parse(
         if label != BASE:
             found[label] = policies.load(name)
             policies.add_options(parser, label, found[label])
+    parser.elsewhere = {f'--{name}.{option}': name for name in policies.names() if name not in found
+                        for option in policies.option_names(name)}
     parser.set_defaults(**SEARCH_DEFAULTS, **DEFAULTS.get(known.dataset, {}))
     parser.set_defaults(**earlier)
     args = parser.parse_args(argv)
@@ -105,6 +110,8 @@ def parse(
     args.fix = list(dict.fromkeys(args.fix))  # one that is said again on --resume is no other
     if known.resume:
         args.output = known.resume
+        if not args.sweep:  # further budgets come to those there: their rows stay in the table
+            args.budget = earlier['budget'] + [text for text in args.budget if text not in earlier['budget']]
         free = {*FREE, *(f'{name}.{option}' for name, policy in found.items() for option in policy.free_options)}
         changed = [k for k, v in earlier.items() if k not in free and vars(args).get(k) != v]
         if changed:
@@ -112,14 +119,20 @@ def parse(
                 f"--{k.replace('_', '-')} {earlier[k]}" for k in changed) + '; another needs another --output')
         learned = [name for name in (*policy_names(earlier['policy']), *earlier.get('baselines', ())) if name != BASE and
                    policies.label(name) in found and found[policies.label(name)].learns_budget]
-        if learned and any(getattr(args, k) != earlier.get(k) for k in ('budget', 'latency_model')):
+        if learned and (args.budget != earlier['budget'] or args.latency_model != earlier.get('latency_model')):
             model = f" by --latency-model {earlier['latency_model']}" if earlier.get('latency_model') else ''
             raise UsageError(f"--resume '{known.resume}': {policies.label(learned[0])} learned for the budgets there, "
-                             f"{' '.join(map(str, earlier.get('budget', ())))}{model}, and knows nothing of others: they need "
+                             f"{' '.join(earlier['budget'])}{model}, and knows nothing of others: they need "
                              'another --output')
     elif args.search_epochs is None:
         args.search_epochs = length
     return args, found
+
+
+def _budgets(earlier: Mapping[str, Any]) -> list[str]:
+    """The budgets in an args.yaml; the first version wrote one text."""
+    found = earlier.get('budget') or []
+    return [found] if isinstance(found, str) else list(map(str, found)) if isinstance(found, list) else []
 
 
 def policy_names(policy: str) -> list[str]:

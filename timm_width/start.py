@@ -10,9 +10,9 @@ import torch
 from timm.models import clean_state_dict, load_state_dict
 from torch import nn
 
-from .config import SUFFIX, ConfigError, Spec, digest, is_ours, load_spec
+from .config import SUFFIX, ConfigError, Spec, digest, is_ours, load_spec, networks_in
 from .data import UsageError, first_line
-from .engine import create, model_arguments
+from .engine import create, model_arguments, say
 from .models import register
 from .recover import widths_from
 from .resize import resize
@@ -34,13 +34,26 @@ def widths_of(args: Namespace) -> Optional[Spec]:
     if not args.widths:
         return None
     try:
-        spec = load_spec(args.widths)
+        spec = _only_network(args.widths)
     except ConfigError as e:
         raise UsageError(f'--widths: {e}') from None
     base = spec.architecture.removesuffix(SUFFIX)
     if args.model.partition('.')[0] != base:
         raise UsageError(f"--widths '{args.widths}' are those of {base}, and --model is '{args.model}': give --model {base}")
     return spec
+
+
+def _only_network(path: str) -> Spec:
+    """What a config says, or the one config of a folder."""
+    folder = Path(path.removeprefix('local-dir:'))
+    found = networks_in(folder, strict=False) if folder.is_dir() else {}
+    networks = {(s.architecture, tuple(sorted(s.widths.items())), s.skips, str(s.model_args)) for s in found.values()}
+    if len(networks) > 1 or found and folder not in found:
+        named = ', '.join(f"{at / 'config.json' if at == folder else at} ({spec.provenance.get('budget', 'of no budget')})"
+                          for at, spec in list(found.items())[:8])
+        raise UsageError(f"--widths '{path}' holds {len(found)} networks{', ' * bool(named)}{named}: give one of them"
+                         if len(found) > 1 else f"--widths '{path}' has no config.json: give {named}")
+    return load_spec(path)
 
 
 def build_model(args: Namespace, num_classes: Optional[int]) -> nn.Module:
@@ -89,7 +102,7 @@ def load_start(model: nn.Module, args: Namespace) -> None:
 def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
     """The weights of a shared network, or of the base, at the widths of the model; the channels that its search found best."""
     weights, shared = _weights(_file_of(args.inherit), '--inherit')
-    keep = _channels(args, weights) if shared and not args.importance else None
+    keep = _channels(args, weights) if shared and not args.importance else {}
     base = (model.pretrained_cfg.get('architecture') or args.model).removesuffix(SUFFIX)
     built = dict(getattr(model, '_model_args', {}))
     widths, skips = built.get('widths') or {}, tuple(built.get('skips') or ())
@@ -111,6 +124,11 @@ def _cut(model: nn.Module, args: Namespace) -> dict[str, torch.Tensor]:
             resize(source, space, {**sizes, **widths}, skips, keep=keep)
         except (WidthError, TypeError, ValueError) as e:
             raise UsageError(f"'channels' in the config of {_config_flag(args)}: {_two_lines(e)}") from None
+    which = f'the most important channels by {args.importance}' if args.importance else 'the first channels'
+    if keep:
+        budget = str(provenance_of(args).get('budget') or 'its budget')[:80]
+        which = f'the channels that won for {budget} (not the first ones in {len(keep)} of {len(sizes)} groups)'
+    say(args, f"--inherit: {which}, of {'the network that a search shared' if shared else 'a checkpoint'}, '{args.inherit}'")
     return source.state_dict()
 
 
@@ -126,11 +144,15 @@ def _channels(args: Namespace, weights: Mapping[str, torch.Tensor]) -> Mapping[s
     if not isinstance(said, Mapping) or not isinstance(said.get('kept'), Mapping) or not isinstance(said.get('of'), str):
         raise UsageError(f"'channels' in the config of {_config_flag(args)}: it must be a dict of 'of', the digest of a shared "
                          "network, 'file', and 'kept', group name -> indices")
-    if (found := digest(weights)) != said['of']:
+    if (found := digest(weights)) == said['of']:
+        return said['kept']
+    if said['kept']:
         raise UsageError(f"--inherit '{args.inherit}' is not the shared network that the channels of {_config_flag(args)} are of "
                          f"({found}, not {said['of'][:80]}): give {str(said.get('file', ''))[:200]} of that search, or "
                          '--importance to choose other channels')
-    return said['kept']
+    say(args, f"note: --inherit '{args.inherit}' is not the shared network that these widths were found on: that is "
+              f"{str(said.get('file', ''))[:200]} of that search")
+    return {}
 
 
 def _config_flag(args: Namespace) -> str:

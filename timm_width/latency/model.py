@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
-from scipy import optimize, sparse, stats
+from scipy import optimize, sparse
 
 from ..factors import Factors, Grid
 from ..space import WidthSpace, nearest
@@ -124,11 +124,13 @@ def predict(tables: Factors, networks: Sequence[Mapping[str, int]]) -> np.ndarra
 
 def validate(predicted: Sequence[float], measured: Sequence[float]) -> Validation:
     """Compares predictions with measurements of the same networks, two or more."""
+    from scipy.stats import spearmanr  # takes a second to import, which every command would wait for
+
     p, m = np.asarray(predicted, dtype=float), np.asarray(measured, dtype=float)
     error = p - m
     constant = np.ptp(p) == 0 or np.ptp(m) == 0  # no ranks
     return Validation(len(m), float(np.sqrt(np.mean(error ** 2)) / m.mean()), float(np.max(np.abs(error) / m)),
-                      0. if constant else float(stats.spearmanr(p, m).statistic))
+                      0. if constant else float(spearmanr(p, m).statistic))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..space import nearest
 from .base import (
@@ -26,7 +26,7 @@ from .base import (
     fill_budget,
     first_within,
     greedy_path,
-    greedy_steps,
+    greedy_scores,
     option,
     random_widths,
     uniform_widths,
@@ -34,7 +34,7 @@ from .base import (
 
 __all__ = [
     'Choice', 'Evaluate', 'Policy', 'PolicyError', 'Score', 'Step', 'add_options', 'fill_budget', 'first_within', 'greedy_path',
-    'greedy_steps', 'label', 'load', 'names', 'option', 'random_widths', 'read_options', 'uniform_widths',
+    'greedy_scores', 'label', 'load', 'names', 'option', 'option_names', 'random_widths', 'read_options', 'uniform_widths',
 ]
 
 GROUP = 'timm_width.policies'
@@ -107,10 +107,19 @@ def add_options(parser: ArgumentParser, name: str, policy: type[Policy]) -> None
     group = parser.add_argument_group(f'options of the policy {name}')
     types = get_type_hints(policy.Options)
     for f in dataclasses.fields(policy.Options):
-        kind: dict[str, Any] = {'type': types[f.name], 'metavar': getattr(types[f.name], '__name__', 'value').upper()}
-        if types[f.name] is bool:
+        of = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])  # Optional[float] is a float
+        kind: dict[str, Any] = {'type': of, 'metavar': getattr(of, '__name__', 'value').upper()}
+        if of is bool:
             kind = {'action': BooleanOptionalAction}
         group.add_argument(f'--{name}.{f.name}', dest=f'{name}.{f.name}', default=f.default, help=f.metadata.get('help'), **kind)
+
+
+def option_names(name: str) -> list[str]:
+    """The fields of a policy's Options; none, if it cannot be imported."""
+    try:
+        return [f.name for f in dataclasses.fields(load(name).Options)]
+    except PolicyError:
+        return []
 
 
 def read_options(args: Namespace, name: str, policy: type[Policy]) -> Any:

@@ -19,7 +19,7 @@ from ..moving import MovingMeans
 from ..solve import ROUNDING, Lagrangian, Solution, exact, is_whole
 from ..space import WidthSpace
 from ..supernet import Supernet
-from .base import Choice, Evaluate, Policy, PolicyError, Step, first_within, greedy_path, greedy_steps, option
+from .base import Choice, Evaluate, Policy, PolicyError, Step, first_within, greedy_path, greedy_scores, option
 
 __all__ = ['AOWS', 'OWS', 'Greedy']
 
@@ -159,9 +159,9 @@ class Greedy(_OneShot):
 
     @property
     def evaluations(self) -> int:
-        """As if the path ended at the uniform network of the smallest budget."""
-        paths = 1 if self.options.score == 'error' else len(self.budgets)
-        return paths * greedy_steps(self.space, self.budgets, self.grid) * len(self.grid)
+        if self.options.score == 'error':
+            return greedy_scores(self.grid)
+        return len(self.budgets) * (greedy_scores(self.grid) + sum(len(w) - 1 for w in self.grid.values()))  # and of each step
 
     def choose(self, evaluate: Evaluate) -> list[Choice]:
         def score(widths: Mapping[str, int]) -> tuple[float, float]:

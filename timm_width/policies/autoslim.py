@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .base import Choice, Evaluate, Policy, PolicyError, Step, first_within, greedy_path, greedy_steps, option, random_widths
+from .base import Choice, Evaluate, Policy, PolicyError, Step, first_within, greedy_path, greedy_scores, option, random_widths
 
 __all__ = ['AutoSlim']
 
@@ -55,8 +55,7 @@ class AutoSlim(Policy):
 
     @property
     def evaluations(self) -> int:
-        """As if slimming went to the uniform network of the smallest budget."""
-        return greedy_steps(self.space, self.budgets, self.grid) * len(self.grid)
+        return greedy_scores(self.grid)
 
     def choose(self, evaluate: Evaluate) -> list[Choice]:
         def rank(widths: Mapping[str, int]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from ..space import WidthSpace
 from ..supernet import Supernet
 
 __all__ = ['Choice', 'Evaluate', 'Grid', 'Policy', 'PolicyError', 'Score', 'Step', 'fill_budget', 'first_within',
-           'greedy_path', 'greedy_steps', 'option', 'random_widths', 'uniform_widths']
+           'greedy_path', 'greedy_scores', 'option', 'random_widths', 'uniform_widths']
 
 BISECTIONS = 40  # halvings of the factor: far below the distance of any two grid points
 
@@ -270,7 +270,7 @@ class Policy(ABC):
 
     @property
     def evaluations(self) -> int:
-        """About how often `choose` will ask for a score: for the progress bar."""
+        """How often `choose` will ask for a score at most: for the progress bar."""
         return 0
 
     def shared_epochs(self, epochs: int) -> int:
@@ -290,6 +290,19 @@ class Policy(ABC):
         """
         return ()
 
+    @classmethod
+    def settle(cls, options: Any, rule: str) -> tuple[Any, str]:
+        """The options and the grid to choose from, where one of them may say what the other is.
+
+        Args:
+            options: Those given.
+            rule: What --grid says; empty if nothing.
+
+        Raises:
+            PolicyError: They contradict one another.
+        """
+        return options, rule or cls.default_grid
+
     @abstractmethod
     def choose(self, evaluate: Evaluate) -> Sequence[Choice]:
         """Returns one network per budget, in their order; each meets its budget and lies on the grid."""
@@ -299,7 +312,14 @@ class Policy(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Goes on from where `state_dict` was taken."""
+        """Goes on from where `state_dict` was taken, which `check_state` has accepted."""
+
+    def check_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Checks what `state_dict` gave, before anything is built or written.
+
+        Raises:
+            PolicyError: It is of another training.
+        """
 
     @classmethod
     def trains(cls) -> bool:
@@ -376,10 +396,11 @@ def first_within(path: Iterable[Mapping[str, int]], budgets: Sequence[Budget]) -
     return [found[i] for i in range(len(budgets))]
 
 
-def greedy_steps(space: WidthSpace, budgets: Sequence[Budget], grid: Grid) -> int:
-    """Steps of a greedy path from the largest network to about the smallest budget: to its uniform network."""
-    least = [uniform_widths(space, budget, grid) for budget in budgets]
-    return max(sum(len([w for w in levels if w > widths[name]]) for name, levels in grid.items()) for widths in least)
+def greedy_scores(grid: Grid) -> int:
+    """How many networks a greedy path compares at most: if it goes down to the smallest."""
+    several, steps = sum(len(levels) > 1 for levels in grid.values()), sum(len(levels) - 1 for levels in grid.values())
+    few = min(several, steps)
+    return (steps - few) * several + few * (few + 1) // 2
 
 
 def uniform_widths(space: WidthSpace, budget: Budget, grid: Grid) -> dict[str, int]:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..assignment import assignments, channels
-from ..bins import bin_grid
+from ..bins import space_size
 from ..budget import Budget
-from ..space import WidthError, WidthSpace
+from ..space import WidthSpace
+from ..stages import are_finest, first_bins, stage_budgets, stage_grid
 from ..supernet import Supernet
 from .base import (
     Choice,
@@ -24,7 +25,7 @@ from .base import (
     fill_budget,
     first_within,
     greedy_path,
-    greedy_steps,
+    greedy_scores,
     option,
     random_widths,
 )
@@ -54,7 +55,8 @@ class CafeNet(Policy):
       looked for by `search`: CafeNet-E (population 40, 50 iterations), CafeNet-R (2,000 networks) or greedily (Table 9).
     - Stages (10): with several, each but the last is searched at a budget between the cost of the first shared network and the
       one asked for, in equal steps; what it finds is the largest network of the next, whose `beta` is smaller by `alpha`.
-      No bin becomes larger than in the stage before, or the least width: so every budget that could be met still can.
+      No bin becomes larger than in the stage before, or the least width: so every budget that could be met still can. How much
+      smaller bins become depends on what is found, so budgets must be met on the grid of the first stage already.
 
     What the paper leaves open, and how it is done here. A network of L layers has up to 3^L combinations of assignments at r = 1,
     but the times of Table 8 fit 1, 3, 10 and 35 forward passes for r = 0 to 3: so a network has that many candidates. By default,
@@ -80,9 +82,10 @@ class CafeNet(Policy):
     @dataclass(frozen=True)
     class Options:
         r: int = option(1, 'offset of the free channels, in bins: 0 (the fixed pattern) to 3')
-        candidates: str = option('tied', 'how assignments of layers make one of the network: tied, random or coordinate')
-        explore: float = option(0., 'share of the training in which a random assignment learns, not the best one (lambda)')
-        reuse: bool = option(True, 'hold the forward pass of the best assignment, instead of running it again: faster, more memory')
+        candidates: str = option('tied', 'how the sets of channels of layers make one of the network: tied (the same choice '
+                                 'in every layer), random (another in each) or coordinate (the first ones but in one layer)')
+        explore: float = option(0., 'share of the training in which a random set of channels learns, not the best one (lambda)')
+        reuse: bool = option(True, 'hold the forward pass of the best set, instead of running it again: faster, more memory')
         search: str = option('evolutionary', 'evolutionary (CafeNet-E), random (CafeNet-R) or greedy')
         samples: int = option(2000, 'networks of the random search')
         population: int = option(40, 'networks of an iteration of the evolutionary search')
@@ -91,8 +94,10 @@ class CafeNet(Policy):
         statistics: str = option('recalibrated', 'statistics of batch norms while searching: recalibrated, batch or running')
         batches: int = option(0, 'batches of the holdout on which networks are compared; 0: all')
         stages: int = option(1, 'number of stages')
-        alpha: float = option(2., 'with several stages: by how much the bins of a stage are smaller than those of the one before')
-        beta: float = option(1., 'least size of a bin, in the first stage; --grid flops:BETA must say the same')
+        alpha: float = option(2., 'with several stages: by how much the bins of a stage are smaller than those of the one before; '
+                              'above 1')
+        beta: Optional[float] = option(None, 'least size of a bin in channels, in the first stage; may be below 1 (default: that '
+                                       'of --grid flops:BETA, or 1)')
 
         def __post_init__(self):
             if self.r not in range(4):
@@ -108,39 +113,68 @@ class CafeNet(Policy):
             for name in 'explore', 'least':
                 if not 0 <= getattr(self, name) <= 1:
                     raise PolicyError(f'cafenet.{name} must be from 0 to 1, not {getattr(self, name):g}')
-            for name in 'alpha', 'beta':
-                if not 0 < getattr(self, name) < math.inf:
-                    raise PolicyError(f'cafenet.{name} must be above 0, not {getattr(self, name):g}')
+            if not 1 < self.alpha < math.inf:
+                raise PolicyError(f'cafenet.alpha must be above 1, not {self.alpha:g}: bins become smaller from stage to stage')
+            if self.beta is not None and not 0 < self.beta < math.inf:
+                raise PolicyError(f'cafenet.beta must be above 0, not {self.beta:g}')
             if self.stages == 1 and self.alpha != 2:
                 raise PolicyError(f'cafenet.alpha {self.alpha:g} is for several stages: give cafenet.stages, or leave it out')
 
+        @property
+        def of_bins(self) -> str:
+            """Those given that are for bins of about the same MACs alone."""
+            given = {'stages': self.stages > 1 and self.stages, 'beta': self.beta}
+            return ' with '.join(f'cafenet.{name} {value:g}' for name, value in given.items() if value)
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.stage, self.beta, self.floor = 1, self.options.beta, self.smallest
+        self.stage, self.beta = 1, self.options.beta or 1.
         self.whole = [b.cost(self.largest) for b in self.budgets]
         self.network: Optional[Supernet] = None
         self.bins: dict[str, int] = {}  # their sizes
-        if self.options.stages > 1 or self.beta != 1:
-            self._check_bins()
+        self.floor: dict[str, int] = {}  # least widths that were asked for
+        if self.options.stages > 1 or self.options.beta is not None:
+            bins = first_bins(self.space, self.grid, self.beta)
+            if bins is None:
+                raise PolicyError(f'{self.options.of_bins} needs --grid flops:{self.beta:g}, and no --width-divisor')
+            self.bins, self.floor = bins, {name: w[0] for name, w in self.grid.items() if w[0] > bins[name]}
 
     def prepare(self, model: nn.Module, space: WidthSpace) -> Supernet:
         self.network = Supernet(model, space)
         digits = sum(math.log10(len(levels)) for levels in self.grid.values())  # their product may be more than a float holds
-        self.notes.append(f'stage {self.stage} of {self.options.stages}: 10^{digits:.1f} networks, each of up to {self.count} '
-                          'assignments')
+        self.notes.append(f'stage {self.stage} of {self.options.stages}: 10^{digits:.1f} networks, each of up to {self.count} sets '
+                          f'of channels; the search after this training takes up to {self.evaluations:,} scores')
+        if self.stage < self.options.stages and are_finest(self.space, self.bins):
+            self.notes.append(f'all bins of stage {self.stage} are of one channel: those of later stages cannot be smaller, only '
+                              'their budgets are (give fewer cafenet.stages, a smaller cafenet.alpha or a larger cafenet.beta)')
         return self.network
+
+    @classmethod
+    def settle(cls, options: 'CafeNet.Options', rule: str) -> tuple['CafeNet.Options', str]:
+        """The size of bins, from the option or from the grid."""
+        name, _, text = (rule or cls.default_grid).partition(':')
+        if name != 'flops':
+            if options.of_bins:
+                raise PolicyError(f'{options.of_bins} is for bins of about the same MACs, --grid flops or '
+                                  f'flops:BETA, and --grid is {rule}')
+            return options, rule
+        try:
+            number = float(text or 1)
+        except ValueError:
+            return options, rule  # no grid, which is refused where grids are made
+        if rule and options.beta is not None and number != options.beta:
+            raise PolicyError(f'--grid {rule} says that the least bin has {number:g} channels, and cafenet.beta {options.beta:g}: '
+                              'give one of them')
+        if options.beta is not None:
+            return options, f'flops:{options.beta:g}'
+        return (replace(options, beta=number) if options.stages > 1 and number > 0 else options), rule or cls.default_grid
 
     def state_dict(self) -> dict[str, Any]:
         """What its training depends on: the grid; in several stages, the search that decides the grid of the next, too."""
         options = {k: v for k, v in asdict(self.options).items() if k in self.free_options} if self.options.stages > 1 else {}
         return {'grid': {name: list(widths) for name, widths in self.grid.items()}, 'options': options}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Checks that it is that of a training of the same networks.
-
-        Raises:
-            PolicyError: It is not.
-        """
+    def check_state(self, state: Mapping[str, Any]) -> None:
         own = self.state_dict()
         if other := [k for k in own['options'] if state['options'].get(k) != own['options'][k]]:
             raise PolicyError('in several stages, what a search finds is trained next: it was begun with ' + ', '.join(
@@ -149,6 +183,9 @@ class CafeNet(Policy):
         if other := [n for n in names if own['grid'].get(n) != state['grid'].get(n)]:
             raise PolicyError(f"stage {self.stage} was begun on another grid, of '{other[0]}' and {len(other) - 1} other groups: "
                               'for another budget, or with another latency model')
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
 
     # -- assignments -------------------------------------------------------------------------------------------
 
@@ -224,7 +261,7 @@ class CafeNet(Policy):
 
     @property
     def evaluations(self) -> int:
-        return self.count * SEARCHES[self.options.search].count(self)
+        return self.count * SEARCHES[self.options.search].most(self)
 
     def choose(self, evaluate: Evaluate) -> list[Choice]:
         winners: dict[tuple, Network] = {}
@@ -319,12 +356,7 @@ class CafeNet(Policy):
     @property
     def goals(self) -> Sequence[Budget]:
         """FLOPs(t), eq. 10, which are the budgets in the last stage."""
-        t, stages = self.stage, self.options.stages
-        if t >= stages:
-            return self.budgets
-        limits = (whole - (whole - b.limit) * t / stages for whole, b in zip(self.whole, self.budgets))
-        return [replace(b, limit=math.floor(limit) if isinstance(b.limit, int) else limit)
-                for b, limit in zip(self.budgets, limits)]
+        return stage_budgets(self.budgets, self.whole, self.stage, self.options.stages)
 
     def following(self, found: Sequence[Choice]) -> list['CafeNet']:
         """For each budget the next stage: within what was found, with smaller bins.
@@ -337,39 +369,16 @@ class CafeNet(Policy):
         after = []
         for budget, whole, choice in zip(self.budgets, self.whole, found):
             beta = self.beta / self.options.alpha
-            bins = bin_grid(self.space, choice.widths, beta, most=self.bins)
-            grid = {name: self._within(budget, choice.widths, name, levels) for name, levels in bins.items()}
-            policy = type(self)(self.space, [budget], grid, replace(self.options, stages=1, alpha=2., beta=1.), self.seed)
+            grid, bins = stage_grid(self.space, budget, choice.widths, beta, self.bins, self.smallest, self.floor)
+            policy = type(self)(self.space, [budget], grid, replace(self.options, stages=1, alpha=2., beta=None), self.seed)
             policy.options, policy.stage, policy.beta = self.options, self.stage + 1, beta
-            policy.bins, policy.floor, policy.whole = {n: levels[0] for n, levels in bins.items()}, self.floor, [whole]
+            policy.bins, policy.floor, policy.whole = bins, self.floor, [whole]
             [goal] = policy.goals
             if not goal.met(policy.smallest):
                 raise PolicyError(f'stage {policy.stage}: {goal} is less than the smallest network of its grid, '
                                   f'{goal.cost.show(goal.cost(policy.smallest))}: give fewer cafenet.stages')
             after.append(policy)
         return after
-
-    def _within(self, budget: Budget, largest: Mapping[str, int], name: str, levels: Sequence[int]) -> tuple[int, ...]:
-        """The widths of a group that were asked for, and whose cost is known: a latency is only where it was measured."""
-        def known(width: int) -> bool:
-            try:
-                budget.cost({**largest, name: width})
-            except WidthError:
-                return False
-            return True
-
-        least = self.smallest[name]
-        found = [w for w in levels if w >= self.floor.get(name, 0) and known(w)]
-        return (*([least] if not found or least < found[0] else []), *found)
-
-    def _check_bins(self) -> None:
-        """Refuses a grid that is not of the bins that stages go on from; keeps the least widths that were asked for."""
-        bins = bin_grid(self.space, self.largest, self.beta)
-        if any(levels[-len(w):] != tuple(w) for levels, w in zip(bins.values(), self.grid.values())):
-            raise PolicyError(f'cafenet.stages {self.options.stages} with cafenet.beta {self.beta:g} needs --grid '
-                              f'flops:{self.beta:g}, and no --width-divisor')
-        self.bins = {name: levels[0] for name, levels in bins.items()}
-        self.floor = {name: w[0] for name, w in self.grid.items() if w[0] > bins[name][0]}
 
 
 def _mean(step: Step, loss: torch.Tensor) -> float:
@@ -409,14 +418,19 @@ class _Search(NamedTuple):
 
     Attributes:
         run: Policy and rank of a network -> the answers.
-        count: Policy -> about how many networks it ranks.
+        most: Policy -> how many networks it ranks at most.
     """
     run: Callable[[CafeNet, Best], list[Widths]]
-    count: Callable[[CafeNet], int]
+    most: Callable[[CafeNet], int]
+
+
+def _drawn_at_most(policy: CafeNet, number: int) -> int:
+    """So many different networks for each budget, if there are."""
+    return min(number, space_size(policy.grid)) * len(policy.budgets)
 
 
 SEARCHES = {
-    'evolutionary': _Search(CafeNet.by_evolution, lambda p: p.options.iterations * p.options.population * len(p.budgets)),
-    'random': _Search(CafeNet.by_samples, lambda p: p.options.samples * len(p.budgets)),
-    'greedy': _Search(CafeNet.greedily, lambda p: greedy_steps(p.space, p.goals, p.grid) * len(p.grid)),
+    'evolutionary': _Search(CafeNet.by_evolution, lambda p: _drawn_at_most(p, p.options.iterations * p.options.population)),
+    'random': _Search(CafeNet.by_samples, lambda p: _drawn_at_most(p, p.options.samples)),
+    'greedy': _Search(CafeNet.greedily, lambda p: greedy_scores(p.grid)),
 }
