@@ -874,7 +874,7 @@ def test_a_further_budget_of_a_search_of_several_gets_a_folder_too(image_folder,
     assert cli.main(['search', '--resume', str(run), '--budget', 'macs=0.6x']) == 0
     assert {f.name for f in run.iterdir()} == {'args.yaml', 'summary.csv', 'macs-0.4x', 'macs-0.5x', 'macs-0.6x'}
     assert [r['budget'] for r in rows(run) if r['network'] == 'found'] == ['macs=0.5x', 'macs=0.4x', 'macs=0.6x']
-    widths = ['train', '--dataset', 'digits', '--model', MODEL, *SHORT[:2], '--output', str(tmp_path / 'y'), '--widths']
+    widths = ['train', '--dataset', 'digits', '--model', MODEL, '--device', 'cpu', '--output', str(tmp_path / 'y'), '--widths']
     refused([*widths, str(run)], capsys, f'holds 3 networks, {run}/macs-0.4x (macs=0.4x), {run}/macs-0.5x (macs=0.5x), ')
     shutil.rmtree(run / 'macs-0.6x')
     shutil.move(run / 'macs-0.5x' / 'config.json', run / 'config.json')

@@ -157,9 +157,9 @@ def _parse(kind: str) -> tuple[_Rule, float, Optional[list[float]]]:
         return GRIDS['multiples'], 0, ratios
     except ValueError:
         if name in GRIDS:
-            is_a = GRIDS[name].number_is
-            raise UsageError(f"--grid '{kind}': the number of {name} must be {is_a}{_BOUNDS[is_a]}, "
-                             f'as in {name}:{GRIDS[name].number:g}') from None
+            is_a, usual = GRIDS[name].number_is, GRIDS[name].number
+            wanted = f'the number of {name} must be {is_a}{_BOUNDS[is_a]}, as in {name}:{usual:g}'
+            raise UsageError(f"--grid '{kind}': {wanted if usual else f'{name} takes no number'}") from None
         raise UsageError(f"--grid '{kind}' is not a grid{nearest(name, GRIDS)}: give one of {', '.join(GRIDS)} (aows:10, dmcp:0.05 "
                          f"or flops:0.5 for another number), or ratios from above 0 to {MAX_GROWTH}, as in 0.25,0.5,1") from None
 

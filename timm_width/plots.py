@@ -6,7 +6,8 @@ For a folder of `timm-width search` with all the networks in it, or that of one 
 
 - ratios: for every group that was searched, what the found network keeps of the base width, all budgets beside one another;
 - bins: for every group, how many widths the search chose from, and how many channels each of them has more than the one before;
-- scores: how the scores of the networks that it compared are distributed; each counts for the lowest budget that it is within.
+- scores: how the scores of the networks that it compared are distributed; each counts for the lowest budget that it is within
+  (those of later stages have a journal for each budget).
 
 Figures 4, 5 and 6 of "Locally free weight sharing for network width search" (CafeNet, Su et al., ICLR 2021). Needs matplotlib.
 """
@@ -22,6 +23,7 @@ from typing import Any, Optional
 import timm
 
 from .budget import Budget, BudgetError
+from .choosing import folder_name
 from .config import SUFFIX, ConfigError, Spec, networks_in
 from .cost import CostError
 from .data import UsageError
@@ -55,6 +57,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     scores: dict[str, list[float]] = {}
     for file in sorted((args.folder / 'search').glob('*.scores.jsonl')):
         name = file.name.removesuffix('.scores.jsonl')
+        if any(f".{folder_name(str(spec.provenance.get('budget')))}." in file.name for spec in specs.values()):
+            scores[name] = read_scores(file, units).get('', [])  # of a later stage, for one budget
+            continue
         for budget, found in sorted(read_scores(file, units, within).items()):  # as the budgets of the other pictures
             scores[f'{name}, {budget}' if budget else name] = found
     _pyplot()
@@ -63,8 +68,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     pictures = {'ratios': plot_ratios(specs, space.base_widths, {n for grid in grids.values() for n in grid})}
     if grids:
         pictures['bins'] = plot_bins(grids)
-    if scores:
-        pictures['scores'] = plot_scores(scores)
+    if any(scores.values()):
+        pictures['scores'] = plot_scores({name: found for name, found in scores.items() if found})
     for name, figure in pictures.items():
         path = output / f'{name}.{args.format}'
         figure.savefig(path, dpi=150, bbox_inches='tight')
