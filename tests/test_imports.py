@@ -17,7 +17,8 @@ ORDER = [
     {'factors', 'masking', 'moving'},
     {'config', 'cost', 'elimination', 'supernet'},
     {'solve'},
-    {'assignment', 'bins', 'budget', 'markov', 'mixture', 'tables'},
+    {'assignment', 'bins', 'budget', 'markov', 'meter', 'mixture', 'stages', 'tables'},
+    {'extrapolation'},
     {'resize'},
     {'bindings'},
     {'ledger'},
@@ -48,8 +49,9 @@ ORDER = [
     {'latency.command', 'target'},
     {'problem'},
     {'choosing', 'search_flags'},
-    {'comparison'},
+    {'comparison', 'projection'},
     {'conformance', 'export', 'plots', 'search', 'train'},
+    {'transfer'},
     {'cli'},
 ]
 HEAVY = ('onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'tensorrt', 'matplotlib', 'sklearn', 'pandas')
