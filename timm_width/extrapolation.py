@@ -14,7 +14,8 @@ From one or two blocks in a stage both give the same. Channels that residual add
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from fractions import Fraction
+from typing import Optional, Union
 
 import numpy as np
 
@@ -93,14 +94,15 @@ def project(space: WidthSpace, width: float = 1., depth: Optional[str] = None) -
     return {n: w for n, w in space.scaled(width).items() if not n.startswith(gone)}, tuple(skips)
 
 
-def overhead(width: float = 1., depth: float = 1., resolution: float = 1., data: float = 1.) -> float:
+def overhead(width: float = 1., depth: float = 1., resolution: float = 1., data: float = 1.) -> Fraction:
     """What a search costs, but for a constant: MACs grow with the width squared, the depth and the resolution squared."""
+    width, depth, resolution, data = (Fraction(str(x)) for x in (width, depth, resolution, data))
     return width ** 2 * depth * resolution ** 2 * data
 
 
-def saved(proxy: float, direct: float) -> float:
+def saved(proxy: Union[int, Fraction], direct: Union[int, Fraction]) -> float:
     """Share of the cost of a direct search that a proxy saves."""
-    return 1 - proxy / direct
+    return float(1 - Fraction(proxy) / Fraction(direct))
 
 
 # -- to a larger network ---------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def parse_proxy(text: str) -> Proxy:
         except (KeyError, ValueError):
             raise wrong from None
     proxy = Proxy(**given)
-    share = re.fullmatch(r'([0-9]{1,4})|([0-9]{0,4}\.?[0-9]{1,6})x', proxy.depth or '1')
+    share = re.fullmatch(r'([0-9]{1,4})|([0-9]{0,4}\.?[0-9]{1,6})x', '1' if proxy.depth is None else proxy.depth)
     if not share or not (int(share[1]) >= 1 if share[1] else 0 < float(share[2]) <= 1) or not 0 < proxy.width <= 1:
         raise wrong
     if not 0 < proxy.data <= 1 or (1 if proxy.resolution is None else proxy.resolution) < 1 or (
