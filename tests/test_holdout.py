@@ -35,6 +35,8 @@ class Shuffled:
     def __iter__(self):
         return (self.batches[i] for i in torch.randperm(len(self.batches)).tolist())
 
+TRAINING_MACS = 10 ** 12  # said of every candidate
+
 
 @pytest.fixture
 def shared(tmp_path):
@@ -51,7 +53,7 @@ def shared(tmp_path):
 
     def train(choice):
         trained.append(choice)
-        return timm.create_model('test_resnet', num_classes=3)
+        return timm.create_model('test_resnet', num_classes=3), TRAINING_MACS
 
     held, training = images(4, 1), images(CALIBRATION, 2)
     holdout = Holdout(ARGS, network, training, held, train, Journal(tmp_path / 'scores.jsonl', ARGS), tqdm(disable=True))

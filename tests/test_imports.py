@@ -17,8 +17,8 @@ ORDER = [
     {'factors', 'masking', 'moving'},
     {'config', 'cost', 'elimination', 'supernet'},
     {'solve'},
-    {'assignment', 'bins', 'budget', 'markov', 'mixture', 'tables'},
-    {'stages'},
+    {'assignment', 'bins', 'budget', 'markov', 'meter', 'mixture', 'positions', 'tables'},
+    {'extrapolation', 'stages'},
     {'resize'},
     {'bindings'},
     {'ledger'},
@@ -49,8 +49,9 @@ ORDER = [
     {'latency.command', 'target'},
     {'problem'},
     {'choosing', 'search_flags'},
-    {'comparison'},
+    {'comparison', 'projection'},
     {'conformance', 'export', 'plots', 'search', 'train'},
+    {'transfer'},
     {'cli'},
 ]
 HEAVY = ('onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'tensorrt', 'matplotlib', 'sklearn', 'pandas')

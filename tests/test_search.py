@@ -114,7 +114,9 @@ def test_saved_weights_have_the_accuracy_of_the_table(digits_run):
 def test_provenance_says_how_it_was_found(digits_run):
     found, table = said(digits_run), by_name(digits_run)
     assert (found['policy'], found['options']['passes'], found['budget'], found['seed']) == ('autoslim', 4, 'macs=0.5x', 42)
-    assert (found['search'], found['train']) == ({'epochs': 1, 'holdout': 0.1, 'proxy': ''}, {'epochs': 1})
+    macs = int(table['found']['search_macs'])
+    assert (found['search'], found['train']) == ({'epochs': 1, 'holdout': 0.1, 'proxy': '', 'macs': macs}, {'epochs': 1})
+    assert macs > 3 * 1284 * Macs(base_space(classes=10))() and table['uniform']['search_macs'] == '0'  # one pass of the largest alone
     assert found['costs']['macs'] == int(table['found']['macs'])
     assert found['costs']['latency_ms']['ms'] == float(table['found']['latency_ms']) and found['costs']['latency_ms']['device']
     assert found['top1'] == float(table['found']['top1'])

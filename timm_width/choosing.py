@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from tqdm import tqdm
 from . import policies
 from .config import digest
 from .data import TwoParts
-from .engine import Training, is_primary, say, wait_for_all
+from .engine import Training, is_primary, say, sum_of_all, wait_for_all
 from .holdout import Holdout, Journal
+from .meter import Meter
 from .policies.base import Choice, Grid
 from .problem import Problem
 
@@ -37,10 +38,14 @@ class Answer:
         grid: What it was chosen from: of several stages, that of the last.
         source: The shared network whose channels it is made of, if there is one: its digest, `of`, and its `file` in the folder of
             the search.
+        macs: What it took to find it: the MACs of all passes (see meter.py), of what several budgets share all.
+        transfer: If it was carried over from a smaller network: how.
     """
     choice: Choice
     grid: Grid
     source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    macs: int = 0
+    transfer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check_begun(problem: Problem, name: str, policy: policies.Policy) -> None:
@@ -81,7 +86,9 @@ def choose(problem: Problem, name: str, policy: policies.Policy) -> list[Answer]
         label, stage = f'{name}.{folder_name(after.budgets[0].text)}', 2
         while after is not None:
             part = dataclasses.replace(problem, grid=after.grid, budgets=tuple(after.budgets))
+            before = found[i].macs
             [found[i]] = _choose_once(part, f'{label}.{stage}', after)
+            found[i] = dataclasses.replace(found[i], macs=before + found[i].macs)
             after, stage = next(iter(after.following([found[i].choice])), None), stage + 1
     return found
 
@@ -108,9 +115,11 @@ def choose_sweep(
     points = [dict(zip(sweep, values)) for values in product(*sweep.values())]
     beginning = state / f'{name}.shared.pth.tar'
     first = make(points[0])
-    if (stop := first.shared_epochs(args.search_epochs)):
-        _train(problem, name, first, problem.training_batches(first.architecture_share), beginning, stop)
+    stop, shared = first.shared_epochs(args.search_epochs), 0
+    if stop:
+        _, shared = _train(problem, name, first, problem.training_batches(first.architecture_share), beginning, stop)
     found: dict[float, tuple[str, Answer, float]] = {}
+    macs: dict[float, int] = {}  # of all that was tried for a value, behind the beginning
     for point in points:
         text = ' '.join(f'{option}={value:g}' for option, value in point.items())
         label, policy = f'{name}.{folder_name(text)}', make(point)
@@ -121,9 +130,10 @@ def choose_sweep(
         wait_for_all(args)
         [answer] = _choose_once(problem, label, policy)
         value = next(iter(point.values()))
+        macs[value] = macs.get(value, 0) + answer.macs - shared
         if value not in found or policy.search_loss < found[value][2]:
             found[value] = text, answer, policy.search_loss
-    return list(found.values())
+    return [(text, dataclasses.replace(answer, macs=shared + macs[value]), loss) for value, (text, answer, loss) in found.items()]
 
 
 def _train(
@@ -133,15 +143,16 @@ def _train(
         batches: Union[DataLoader, TwoParts],
         checkpoint: Path,
         stop: Optional[int] = None,
-) -> nn.Module:
-    """Trains a policy's shared network, or only its first epochs."""
-    args = problem.args
+) -> tuple[nn.Module, int]:
+    """Trains a policy's shared network, or only its first epochs; gives it, and the MACs that this took."""
+    args, meter = problem.args, Meter()
     model, space = problem.traced(policy.start, args.seed)
     network = policy.prepare(model, space)
     _say_notes(args, name, policy)
     trained = Training(network, batches, args, args.search_epochs, f'search ({name})', _warmup(args), policy.train_step,
-                       list(policy.parameters()))
-    return trained.run(checkpoint, after_epoch(args, name, policy), policy, stop)
+                       list(policy.parameters()), meter=meter)
+    network = trained.run(checkpoint, after_epoch(args, name, policy), policy, stop)
+    return network, sum_of_all(args, meter.macs)
 
 
 def _warmup(args: Namespace) -> float:
@@ -151,26 +162,30 @@ def _warmup(args: Namespace) -> float:
 def _choose_once(problem: Problem, name: str, policy: policies.Policy) -> list[Answer]:
     args, state = problem.args, Path(problem.args.output) / 'search'
     training, held = problem.training_batches(policy.architecture_share), problem.held_batches()
-    network, source = None, {}
+    network, source, macs = None, {}, 0
     if policy.trains():
-        network = _train(problem, name, policy, training, state / f'{name}.pth.tar')
+        network, macs = _train(problem, name, policy, training, state / f'{name}.pth.tar')
         weights = {n.removeprefix('model.'): t for n, t in network.state_dict().items()}
         source = {'of': digest(weights), 'file': f'{state.name}/{name}.pth.tar'}
 
-    def train(choice: Choice) -> nn.Module:
-        return Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', _warmup(args)).run()
+    def train(choice: Choice) -> tuple[nn.Module, int]:
+        meter = Meter()
+        trained = Training(problem.model(choice, args.seed), training, args, args.search_epochs, 'candidate', _warmup(args),
+                           meter=meter).run()
+        return trained, sum_of_all(args, meter.macs)
 
     most = policy.evaluations
     # where there is no terminal, a line a minute instead of a bar
     slow = {} if sys.stderr.isatty() else {'mininterval': 60, 'ascii': True, 'bar_format': PROGRESS}
     with tqdm(total=most, desc=f'choose ({name})', unit='score', disable=not is_primary(args) or not most, **slow) as bar:
-        found = policy.choose(Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar))
+        holdout = Holdout(args, network, training, held, train, Journal(state / f'{name}.scores.jsonl', args), bar)
+        found = policy.choose(holdout)
     _say_notes(args, name, policy)
     choices = [_checked(problem, name, c) for c in found]
     for choice, budget in zip(choices, policy.goals, strict=True):
         if not budget.met(*choice):
             raise policies.PolicyError(f'policy {name} answered with a network over the budget {budget}')
-    return [Answer(choice, problem.grid, source) for choice in choices]
+    return [Answer(choice, problem.grid, source, macs + holdout.macs) for choice in choices]
 
 
 def _checked(problem: Problem, name: str, found: Choice) -> Choice:

@@ -8,6 +8,7 @@ from . import __version__
 from .budget import BudgetError
 from .cost import CostError
 from .data import UsageError
+from .extrapolation import TransferError
 from .latency.model import LatencyError
 from .latency.runner.errors import RunnerError
 from .policies import PolicyError
@@ -22,10 +23,12 @@ COMMANDS = {  # name -> what --help says; the module of that name has main(argv)
     'train': 'train a timm model, plain or searched',
     'export': 'write a saved model as an ONNX file, checked against torch',
     'latency': 'measure a network at many widths, here or on another machine',
+    'transfer': 'carry widths over to a larger model, or compare them',
     'plot': 'draw what a search found',
 }
 MODULES = {'latency': 'latency.command', 'plot': 'plots'}  # of commands that are called otherwise
-ERRORS = (UsageError, RunnerError, LatencyError, PolicyError, BudgetError, CostError, SolveError, WidthError, TraceError)
+ERRORS = (UsageError, RunnerError, LatencyError, PolicyError, BudgetError, CostError, SolveError, WidthError, TraceError,
+          TransferError)
 USAGE = 'usage: timm-width COMMAND ...\n\n' + '\n'.join(f'  {name:<8} {text}' for name, text in COMMANDS.items()) + (
     '\n\n  timm-width COMMAND --help lists the flags of a command\n  timm-width --version')
 

@@ -9,7 +9,7 @@ import random
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -34,13 +34,14 @@ from .arguments import AMP_DTYPES
 from .config import SUFFIX, check_config
 from .data import UsageError, mixes
 from .losses import criterion_kwargs
+from .meter import Meter
 from .models import register
 from .space import WidthError, nearest
 
 __all__ = [
     'Loop', 'Step', 'Training', 'autocast', 'batch_statistics', 'create', 'data_config', 'is_primary', 'learning_rate',
     'make_optimizer', 'model_arguments', 'of_primary', 'plain_step', 'say', 'random_states_of_all', 'score', 'set_random_states',
-    'start_processes', 'top1', 'wait_for_all',
+    'start_processes', 'sum_of_all', 'top1', 'wait_for_all',
 ]
 
 
@@ -149,6 +150,15 @@ def of_primary(args: Namespace, value: Any) -> Any:
     return box[0]
 
 
+def sum_of_all(args: Namespace, number: int) -> int:
+    """The sum of the numbers that the processes give, in each of them."""
+    if getattr(args, 'world_size', 1) <= 1:
+        return number
+    found: list[Any] = [None] * args.world_size
+    distributed.all_gather_object(found, number)
+    return sum(found)
+
+
 def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Averages gradients over all processes, once per update.
 
@@ -192,7 +202,7 @@ class Step:
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with autocast(self._training.args):
-            return self._training.network(self.images, *args, **kwargs)
+            return self._training.call(self.images, *args, **kwargs)
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
         with autocast(self._training.args):
@@ -269,6 +279,10 @@ class Loop:
     @property
     def total_updates(self) -> int:
         return self.epochs * self.updates_per_epoch
+
+    def call(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the network."""
+        return self.network(images, *args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss of this batch to those of the update."""
@@ -376,6 +390,7 @@ class Training(Loop):
         train_step: What to do with a `Step`.
         parameters: Further parameters to train, without weight decay.
         seed: Seed of the order of images, of augmentation, and of what train_step draws; by default --seed.
+        meter: Counts what the passes of this process cost; checkpoints keep it.
     """
 
     def __init__(
@@ -389,13 +404,14 @@ class Training(Loop):
             train_step: Callable[[Step], None] = plain_step,
             parameters: Sequence[nn.Parameter] = (),
             seed: Optional[int] = None,
+            meter: Optional[Meter] = None,
     ):
         random_seed(args.seed if seed is None else seed, getattr(args, 'rank', 0))
         layout = {'memory_format': torch.channels_last} if args.channels_last else {}
         super().__init__(args, batches, network.to(args.device, **layout), train_step, title, seed)
         if hasattr(batches.sampler, 'set_epoch'):
             batches.sampler.seed = self.seed  # of several processes: one order for all of them
-        self.further = list(parameters)
+        self.further, self.meter = list(parameters), meter
         self.parameters = [*network.parameters(), *parameters]
         self.mixing = mixes(args)
         try:
@@ -471,6 +487,10 @@ class Training(Loop):
         for p in [p for p in self.optimizer.state if id(p) not in left]:
             del self.optimizer.state[p]
 
+    def call(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        run = self.network if self.meter is None else partial(self.meter, self.network)
+        return run(images, *args, **kwargs)
+
     def clipped(self) -> Iterable[nn.Parameter]:
         return self.parameters
 
@@ -493,7 +513,7 @@ class Training(Loop):
             'epoch': self.epoch, 'updates': self.updates, 'epochs': self.epochs, 'seed': self.seed, 'random_states': everywhere,
             'network': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
             'ema': None if self.ema is None else self.ema.module.state_dict(),
-            'extra': None if extra is None else extra.state_dict()}
+            'extra': None if extra is None else extra.state_dict(), 'macs': 0 if self.meter is None else self.meter.macs}
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f'.{path.name}.saving')
         torch.save(state, beside)
@@ -517,6 +537,8 @@ class Training(Loop):
             reason = (str(e).strip().splitlines() or [''])[0]
             raise UsageError(
                 f"'{path}' is not a checkpoint of this training: {reason}; --overwrite instead of --resume starts anew") from e
+        if self.meter is not None:
+            self.meter.macs = state.get('macs', 0)  # a checkpoint of an earlier version has none
         self.epoch, self.updates = state['epoch'], state['updates']  # the optimiser's state holds the learning rate
         set_random_states(state['random_states'][getattr(self.args, 'rank', 0)])
 

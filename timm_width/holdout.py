@@ -6,6 +6,7 @@ import numbers
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -16,9 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .engine import batch_statistics, is_primary, of_primary, score
+from .engine import batch_statistics, is_primary, of_primary, score, sum_of_all
+from .meter import Meter
 from .policies.base import Choice, PolicyError, Score
-from .supernet import recalibrate
+from .supernet import Supernet, recalibrate
 
 __all__ = ['Holdout', 'Journal', 'runs']
 
@@ -82,9 +84,12 @@ class Holdout:
         network: The trained shared network, if the policy has one.
         training: Training batches, for the statistics of batch norms.
         batches: The holdout.
-        train: Trains a network of its own at some widths.
+        train: Trains a network of its own at some widths; gives it, and the MACs of all processes that this took.
         journal: Scores known already.
         bar: Progress bar, which moves with every score.
+
+    Attributes:
+        macs: MACs of all scores that were asked for, those that were known included; each counts once.
     """
 
     def __init__(
@@ -93,13 +98,14 @@ class Holdout:
             network: Optional[nn.Module],
             training: DataLoader,
             batches: DataLoader,
-            train: Callable[[Choice], nn.Module],
+            train: Callable[[Choice], tuple[nn.Module, int]],
             journal: Journal,
             bar: tqdm,
     ):
         self.args, self.network, self.training, self.batches = args, network, training, batches
         self.train, self.journal, self.bar = train, journal, bar
         self.best = -math.inf
+        self._asked: dict[str, int] = {}  # a score -> its MACs
         self._kept: list = []
         self._calibration: list = []
 
@@ -118,15 +124,26 @@ class Holdout:
 
     def alone(self, widths: Mapping[str, int], skips: Sequence[str] = ()) -> Score:
         choice = Choice({name: int(w) for name, w in widths.items()}, tuple(skips))
-        return self._recall(['alone', choice.widths, list(choice.skips)],
-                            lambda: score(self.train(choice).eval(), self._holdout(None), self.args))
+        return self._recall(['alone', choice.widths, list(choice.skips)], lambda: self._alone(choice))
 
-    def _recall(self, key: list, compute: Callable[[], tuple[float, float]]) -> Score:
-        found = Score(*self.journal.recall(key, compute))
+    @property
+    def macs(self) -> int:
+        return sum(self._asked.values())
+
+    def _recall(self, key: list, compute: Callable[[], tuple[float, float, int]]) -> Score:
+        top1, loss, *macs = self.journal.recall(key, compute)  # an earlier version wrote no MACs
+        self._asked[json.dumps(key, sort_keys=True)] = sum(macs)
+        found = Score(top1, loss)
         self.best = max(self.best, found.top1)
         self.bar.set_postfix_str(f'best so far {self.best:.2f} %', refresh=False)
         self.bar.update()
         return found
+
+    def _alone(self, choice: Choice) -> tuple[float, float, int]:
+        meter = Meter()
+        network, macs = self.train(choice)
+        found = score(partial(meter, network.eval()), self._holdout(None), self.args)
+        return *found, macs + sum_of_all(self.args, meter.macs)
 
     def _shared(
             self,
@@ -134,23 +151,38 @@ class Holdout:
             skips: Sequence[str],
             batches: Optional[int],
             statistics: str,
+    ) -> tuple[float, float, int]:
+        meter = Meter()
+        found = self._score(meter, widths, skips, batches, statistics)
+        return *found, sum_of_all(self.args, meter.macs)
+
+    def _score(
+            self,
+            meter: Meter,
+            widths: Mapping[str, Union[int, Sequence[int]]],
+            skips: Sequence[str],
+            batches: Optional[int],
+            statistics: str,
     ) -> tuple[float, float]:
+        network = partial(meter, self.network)
         if statistics == 'batch':
             several = (batch for batch in self._holdout(batches) if len(batch[1]) > 1)  # one image has no statistics
             with batch_statistics(self.network):
-                return score(self.network, several, self.args, widths, skips=skips)
+                return score(network, several, self.args, widths, skips=skips)
         self.network.eval()
         if statistics == 'running':
-            return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
+            return score(network, self._holdout(batches), self.args, widths, skips=skips)
         if statistics != 'recalibrated':
             raise PolicyError(f"statistics must be batch, recalibrated or running, not '{statistics}'")
         before = {name: b.clone() for name, b in self.network.named_buffers()}
         calibration = self._calibration_batches()
         try:
             recalibrate(self.network, calibration, CALIBRATION, widths, self.args.device, skips)
+            if isinstance(self.network, Supernet):
+                meter.add(sum(len(images) for images, _ in calibration), self.network, widths, skips=skips)
             if getattr(self.args, 'world_size', 1) > 1:
                 distribute_bn(self.network, self.args.world_size, reduce=True)
-            return score(self.network, self._holdout(batches), self.args, widths, skips=skips)
+            return score(network, self._holdout(batches), self.args, widths, skips=skips)
         finally:
             with torch.no_grad():
                 for name, b in self.network.named_buffers():

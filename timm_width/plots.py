@@ -32,7 +32,7 @@ from .models import register
 from .space import WidthError, WidthSpace
 from .trace import meta_copy, trace
 
-__all__ = ['main', 'plot_bins', 'plot_ratios', 'plot_scores', 'read_scores']
+__all__ = ['main', 'plot_average', 'plot_bins', 'plot_curve', 'plot_ratios', 'plot_scores', 'plot_similarity', 'read_scores']
 
 FORMATS = ('png', 'svg', 'pdf')
 BINS = 40  # of the histogram, at most
@@ -161,7 +161,7 @@ def read_scores(
     lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
     for line in lines if lines and lines[-1].endswith('\n') else lines[:-1]:  # a kill may have cut the last
         try:
-            key, (top1, _) = json.loads(line)
+            key, (top1, _, *_) = json.loads(line)
             kind, widths, *rest = json.loads(key)
             widths = {n: units.get(n, 1) * sum(length for _, length in w) if isinstance(w, list) else w for n, w in widths.items()}
             name = json.dumps([kind, widths, rest], sort_keys=True)
@@ -291,3 +291,68 @@ def _common(a: float, b: float) -> float:
         if a - b < EXACT:  # a multiple, but for rounding
             b = 0.
     return a
+
+
+def plot_similarity(names: Sequence[str], cosines: Any) -> Any:
+    """Figure A2 of "Width Transfer" (2021): cosines between every two of several widths; a matplotlib figure.
+
+    Args:
+        names: What they are called.
+        cosines: (len(names), len(names)).
+    """
+    size = max(4., 0.45 * len(names) + 2)
+    figure = _pyplot()(figsize=(size, size))
+    axes = figure.subplots()
+    picture = axes.imshow(cosines, vmin=min(0.5, float(min(map(min, cosines)))), vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    for i, row in enumerate(cosines):
+        for j, value in enumerate(row):
+            axes.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=7, color='white' if value < 0.8 else 'black')
+    figure.colorbar(picture, label='cosine')
+    return figure
+
+
+def plot_average(base: Mapping[str, int], widths: Any) -> Any:
+    """Figure A1 of "Width Transfer" (2021): average widths, with their standard deviation; a matplotlib figure.
+
+    Args:
+        base: Group -> base width.
+        widths: A row for each network, with a width for each group.
+    """
+    columns = list(zip(*widths))
+    mean = [statistics.mean(map(float, c)) for c in columns]
+    std = [statistics.stdev(map(float, c)) if len(c) > 1 else 0. for c in columns]
+    figure = _pyplot()(figsize=(max(6., 0.28 * len(base)), 4))
+    axes = figure.subplots()
+    at = range(len(base))
+    axes.plot(at, mean, label='average')
+    axes.fill_between(at, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.3)
+    axes.plot(at, list(base.values()), color='grey', linestyle='--', label='base')
+    _named(axes, list(base))
+    axes.set_ylabel('channels')
+    axes.legend()
+    return figure
+
+
+def plot_curve(points: Sequence[tuple[float, float, float, str]], direct: float, uniform: float) -> Any:
+    """Figures 3 to 6 of "Width Transfer" (2021): accuracy against the search cost that a proxy saves; a matplotlib figure.
+
+    Args:
+        points: Of each proxy: the share saved, the top-1 accuracy of what was carried over and its standard deviation, its name.
+        direct: Accuracy of what was found without a proxy.
+        uniform: That of the uniform width.
+    """
+    figure = _pyplot()(figsize=(6, 4))
+    axes = figure.subplots()
+    points = sorted(points)
+    saved, top1, std = ([100 * p[0] for p in points], [p[1] for p in points], [p[2] for p in points])
+    axes.errorbar(saved, top1, yerr=std if any(std) else None, marker='o', capsize=3, label='carried over')
+    for x, y, (_, _, _, name) in zip(saved, top1, points):
+        axes.annotate(name, (x, y), textcoords='offset points', xytext=(4, 4), fontsize=7)
+    axes.axhline(direct, color='black', linestyle='--', label='direct')
+    axes.axhline(uniform, color='grey', linestyle=':', label='uniform')
+    axes.set_xlabel('search cost saved, %')
+    axes.set_ylabel('top-1, %')
+    axes.legend()
+    return figure

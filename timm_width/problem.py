@@ -1,4 +1,5 @@
 """What a search works on: the images, the model's width space, the grid and the budgets; and the cheaper proxy it may learn on."""
+import re
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from .budget import Budget, BudgetError
 from .cost import Cost, Macs, Params
-from .data import TwoParts, UsageError, View, loader, open_splits, shrink, split_holdout
+from .data import Splits, TwoParts, UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
 from .factors import Factors
 from .grids import finer, growth, make_grid, squeezes
@@ -32,7 +33,13 @@ __all__ = ['BASE', 'Problem', 'Proxy', 'learning_problem', 'make_problem', 'pars
 
 @dataclass(frozen=True)
 class Proxy:
-    """How a search is made cheaper than the training that follows: smaller images, fewer of them, of fewer classes."""
+    """How a search is made cheaper than the training that follows: smaller images, fewer of them, of fewer classes.
+
+    Its network may be smaller, too (see projection.py): `width` is a factor of all widths, `depth` the most blocks that a stage
+    has, or with an 'x' behind it the share of its blocks.
+    """
+    width: float = 1.
+    depth: Optional[str] = None
     resolution: Optional[int] = None
     data: float = 1.
     classes: Optional[int] = None
@@ -125,34 +132,44 @@ def twin_model(args: Namespace) -> nn.Module:
 
 
 def parse_proxy(text: str) -> Proxy:
-    """Reads 'resolution=96,data=0.1,classes=100', any of them.
+    """Reads 'width=0.5,depth=1,resolution=96,data=0.1,classes=100', any of them.
 
     Raises:
         UsageError: With what would be right.
     """
-    wrong = UsageError(f"--proxy '{text}' is not a proxy: give any of resolution=PIXELS, data=SHARE (above 0, to 1), "
+    wrong = UsageError(f"--proxy '{text}' is not a proxy: give any of width=FACTOR (above 0, to 1), depth=BLOCKS (of a stage "
+                       'at most; or a share of them, as in 0.5x), resolution=PIXELS, data=SHARE (above 0, to 1), '
                        'classes=NUMBER (2 or more), with commas between them')
     given: dict[str, Any] = {}
     for part in text.split(',') if text else ():
         name, _, value = part.strip().partition('=')
         try:
-            given[name] = {'resolution': int, 'data': float, 'classes': int}[name](value)
+            given[name] = {'width': float, 'depth': str, 'resolution': int, 'data': float, 'classes': int}[name](value)
         except (KeyError, ValueError):
             raise wrong from None
     proxy = Proxy(**given)
+    share = re.fullmatch(r'([0-9]{1,4})|([0-9]{0,4}\.?[0-9]{1,6})x', '1' if proxy.depth is None else proxy.depth)
+    if not share or not (int(share[1]) >= 1 if share[1] else 0 < float(share[2]) <= 1) or not 0 < proxy.width <= 1:
+        raise wrong
     if not 0 < proxy.data <= 1 or (1 if proxy.resolution is None else proxy.resolution) < 1 or (
             2 if proxy.classes is None else proxy.classes) < 2:
         raise wrong
     return proxy
 
 
-def make_problem(args: Namespace, rules: Mapping[str, str], of_blocks: Collection[str] = ()) -> dict[str, Problem]:
+def make_problem(
+        args: Namespace,
+        rules: Mapping[str, str],
+        of_blocks: Collection[str] = (),
+        splits: Optional[Splits] = None,
+) -> dict[str, Problem]:
     """Opens the images, builds and traces the model, before anything is trained. `set_budgets` comes next.
 
     Args:
         args: The flags.
         rules: Policy -> the grid that it chooses from; the searching policy first, whose range the others share.
         of_blocks: The policies that choose among the blocks of layers, where the model has several.
+        splits: The images, where they are open.
 
     Returns:
         Policy -> its problem, without budgets. They differ by their grids, and by whether they are of blocks; if any is, BASE is
@@ -161,7 +178,7 @@ def make_problem(args: Namespace, rules: Mapping[str, str], of_blocks: Collectio
     Raises:
         UsageError: A flag, the images or the model cannot be worked with.
     """
-    splits = open_splits(args)
+    splits = open_splits(args) if splits is None else splits
     random_seed(args.seed)
     model = base_model(args)
     config = data_config(args, model)
@@ -265,7 +282,7 @@ def learning_problem(problem: Problem) -> Problem:
         raise UsageError(f'--search-holdout {args.search_holdout:g} of {len(targets)} training images leaves nothing: '
                          'every class needs two or more')
     held = np.random.default_rng(args.seed).permutation(held)  # so that its first batches are of all classes
-    if proxy == Proxy():
+    if (proxy.resolution, proxy.data, proxy.classes) == (None, 1, None):
         return replace(problem, train=View(problem.train.images, kept), held=View(problem.train.images, held))
     if targets.ndim == 2:
         if proxy.classes:

@@ -34,6 +34,7 @@ from .grids import single_widths
 from .models import supported
 from .policies.base import Choice
 from .problem import BASE, Problem, learning_problem, make_problem, set_budgets
+from .projection import Projection, is_projected, project_problems, saving
 from .report import print_table, write_table
 from .search_flags import check_search_arguments, parse_sweep, policy_names, read_args
 from .target import Target, build_target, check_kept, check_measurable, find_target, keep_model, needs_measuring
@@ -74,7 +75,8 @@ def search(
     problems = set_budgets(plain, target)
     problem, output = problems[names[0]], Path(args.output)
     _check_open(args, names, found, problem.budgets)
-    learning = learning_problem(problem)
+    projections = project_problems(problems, rules) if is_projected(args) else {}
+    learning = learning_problem(projections[names[0]].part if projections else problem)
     measuring = needs_measuring(args)
     if measuring:
         check_measurable(problem.args, target, problem.space, rules[names[0]])
@@ -99,7 +101,7 @@ def search(
         say(args, f'the largest network has {macs(largest) / macs():.4f}x the base MACs: all widths searched are '
                   f'{problem.args.width_max:.4f}x, rounded')
     try:
-        return *_run(args, problems, learning, found, options, names, target), target
+        return *_run(args, problems, projections, learning, found, options, names, target), target
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; --resume '{output}' goes on") from None
 
@@ -128,6 +130,7 @@ def _check_open(
 def _run(
         args: Namespace,
         problems: Mapping[str, Problem],
+        projections: Mapping[str, Projection],
         learning: Problem,
         found: Mapping[str, type[policies.Policy]],
         options: Mapping[str, Any],
@@ -136,7 +139,11 @@ def _run(
 ) -> tuple[list[dict[str, Any]], list[Entry]]:
     """The search, once it has a folder to write to."""
     output = Path(args.output)
-    chosen = {name: _choose(args, problems[name], learning, name, found[name], options[name]) for name in names}
+
+    def choose(problem: Problem, name: str) -> list[tuple[Budget, Answer, float]]:
+        return _choose(args, problem, projections.get(name), learning, name, found[name], options[name])
+
+    chosen = {name: choose(problems[name], name) for name in names}
     budgets = [budget for budget, _, _ in chosen[names[0]]]
     baselines = {}
     for name in dict.fromkeys(map(policies.label, args.baselines)):
@@ -145,7 +152,7 @@ def _run(
         elif name != BASE and name not in names:
             problem = problems[name]
             problem = dataclasses.replace(problem, budgets=tuple(b.of(problem.space, problem.latency) for b in budgets))
-            baselines[name] = _choose(args, problem, learning, name, found[name], options[name])
+            baselines[name] = choose(problem, name)
     entries = []
     if BASE in args.baselines:
         entries.append(Entry(BASE, Choice({}), problems.get(BASE, problems[names[0]])))
@@ -157,11 +164,13 @@ def _run(
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **e.problem.costs(e.choice)} for e in entries]
     for row, (ms, spread) in zip(rows, times(entries, target, args)):
         row['latency_ms'], row['latency_spread'] = ms, spread
-    told = {(name, budget.text): (answer, loss) for name in names for budget, answer, loss in chosen[name]}
+    told = {(name, budget.text): (answer, loss) for name, several in {**baselines, **chosen}.items()
+            for budget, answer, loss in several}
     for i, e in enumerate(entries):
+        name = names[0] if e.name == 'found' else e.name
+        rows[i]['search_macs'] = '' if e.budget is None else told[name, e.budget.text][0].macs
         if e.folder is None:
             continue
-        name = names[0] if e.name == 'found' else e.name
         answer, loss = told[name, e.budget.text]
         entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, options[name], rows[i], target, answer))
         if not math.isnan(loss):
@@ -180,30 +189,56 @@ def _run(
 def _choose(
         args: Namespace,
         problem: Problem,
+        projection: Optional[Projection],
         learning: Problem,
         name: str,
         policy: type[policies.Policy],
         options: Any,
 ) -> list[tuple[Budget, Answer, float]]:
     """What a policy chooses: for each budget (whose limit, if it has none, is the network's cost) a network, its search loss."""
-    if problem.twin != learning.twin:
+    whole = problem
+    if projection is not None and (
+            policy.trains() or policy(problem.space, problem.budgets, problem.grid, options, args.seed).evaluations):
+        projection = projection.of(whole)
+        problem = projection.part
+    else:
+        projection = None  # nothing that is learned can be cheaper
+    if (problem.twin, problem.args.model_kwargs) != (learning.twin, learning.args.model_kwargs):
         learning = learning_problem(problem)
     learning = dataclasses.replace(learning, grid=problem.grid, budgets=problem.budgets, latency=problem.latency)
 
     def make(point: Mapping[str, float]) -> policies.Policy:
         return policy(problem.space, problem.budgets, problem.grid, dataclasses.replace(options, **point), args.seed)
 
-    def closed(budget: Budget, answer: Answer, point: str = '') -> Budget:
+    def carried(number: int, answer: Answer, point: str = '') -> tuple[Budget, Answer]:
+        budget = whole.budgets[number]
+        text = f'{budget.text} {point}'.strip()
+        if projection is not None:
+            answer = projection.carry_over(answer, number, folder_name(f'{name} {text}'), {
+                'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed, 'budget': text,
+                'search': _search_said(args, answer)})
+            for note in answer.transfer['notes']:
+                say(args, f'{name}: {note}')
         if math.isfinite(budget.limit):
-            return budget
-        return Budget(budget.cost, budget.cost(*answer.choice), f'{budget.text} {point}'.strip())
+            return budget, answer
+        return Budget(budget.cost, budget.cost(*answer.choice), text), answer
 
     if (sweep := parse_sweep(args.sweep)) and policy.sweeps:
-        found = choose_sweep(learning, name, make, sweep)
-        return [(closed(problem.budgets[0], answer, point), answer, loss) for point, answer, loss in found]
-    one = make({})
-    return [(closed(budget, answer), answer, one.search_loss) for budget, answer in zip(
-        problem.budgets, choose(learning, name, one), strict=True)]
+        found = [(*carried(0, answer, point), loss) for point, answer, loss in choose_sweep(learning, name, make, sweep)]
+    else:
+        one = make({})
+        answers = choose(learning, name, one)
+        if len(answers) != len(whole.budgets):
+            raise policies.PolicyError(f'{name} gave {len(answers)} networks for {len(whole.budgets)} budgets')
+        found = [(*carried(i, answer), one.search_loss) for i, answer in enumerate(answers)]
+    if macs := max(answer.macs for _, answer, _ in found):
+        less = f', {saving(whole, learning):.1%} less than without --proxy {args.proxy}' if args.proxy else ''
+        say(args, f'{name}: the search took {macs:.4g} MACs{less}')
+    return found
+
+
+def _search_said(args: Namespace, answer: Answer) -> dict[str, Any]:
+    return {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy, 'macs': answer.macs}
 
 
 def _prepare_output(args: Namespace, output: Path) -> None:
@@ -239,9 +274,9 @@ def _provenance(problem: Problem, name: str, options: Any, row: Mapping[str, Any
     return {
         'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': problem.rule, **{name: list(widths) for name, widths in answer.grid.items()}},
-        'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
+        'search': _search_said(args, answer), 'baseline': {},
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs,
-        **channels}
+        **channels, **({'transfer': dict(answer.transfer)} if answer.transfer else {})}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -10,6 +10,7 @@ import yaml
 from . import policies
 from .arguments import RANGES, Parser, add_arguments, check_arguments, check_output, flags_given
 from .data import DEFAULTS, UsageError, mixes
+from .extrapolation import DEPTHS
 from .grids import GRIDS
 from .latency.sampling import LEAST_SAMPLES
 from .losses import resolve_loss
@@ -43,13 +44,14 @@ def parse(
     first = Parser(add_help=False, allow_abbrev=False)
     for flag in ('--policy', '--dataset', '--resume'):
         first.add_argument(flag)
-    first.add_argument('--baselines', nargs='+')
+    first.add_argument('--baselines', nargs='*')
     known, _ = first.parse_known_args(argv)
     earlier = read_args(known.resume) if known.resume else {}
     if earlier:
         earlier['budget'] = _budgets(earlier)
     for name, default in ('policy', None), ('dataset', None), ('baselines', BASELINES):
-        setattr(known, name, getattr(known, name) or earlier.get(name, default))
+        given = getattr(known, name)
+        setattr(known, name, earlier.get(name, default) if given is None or given == '' else given)
 
     parser = Parser(prog='timm-width search', description=description, allow_abbrev=False)
     group = parser.add_argument_group('search')
@@ -70,7 +72,11 @@ def parse(
     group.add_argument('--search-holdout', type=float, default=0.1, metavar='SHARE',
                        help='part of the training images on which the policy chooses')
     group.add_argument('--proxy', default='', metavar='HOW',
-                       help='a cheaper search: resolution=96,data=0.1,classes=100, any of them; costs stay those of the real thing')
+                       help='a cheaper search: width=0.5,depth=1,resolution=96,data=0.1,classes=100, any of them; a narrower or '
+                            'shallower network (depth: blocks in a stage at most, or a share as in 0.5x) is searched for the same '
+                            'share of its own cost, and what is found is carried over; else, costs stay those of the real thing')
+    group.add_argument('--transfer-depth', choices=DEPTHS, default=DEPTHS[0], metavar='HOW',
+                       help=f"what blocks get that --proxy depth= left out: {' or '.join(DEPTHS)}")
     group.add_argument('--grid', metavar='NAME', help='widths that the policy may choose: ratios as in 0.25,0.5,1 or ' + '; '.join(
         f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()) + " (default: the policy's)")
     group.add_argument('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
@@ -81,8 +87,8 @@ def parse(
     group.add_argument('--fix', action='extend', nargs='+', default=[], metavar='PATTERN',
                        help="groups that keep their width, as in 'conv_*'")
     group.add_argument('--search-se', action='store_true', help='search the squeezes of squeeze-excite, too')
-    group.add_argument('--baselines', nargs='+', default=BASELINES, metavar='NAME',
-                       help=f"what to set the found network beside: {BASE}, and any policies")
+    group.add_argument('--baselines', nargs='*', default=BASELINES, metavar='NAME',
+                       help=f"what to set the found network beside: {BASE}, and any policies; or nothing")
     group.add_argument('--seeds', type=int, default=1, metavar='N',
                        help='train every network of the table N times, and report mean and standard deviation')
     add_target_arguments(parser.add_argument_group('latency'))
