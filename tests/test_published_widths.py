@@ -1,6 +1,7 @@
 """Published networks: their widths mapped onto the spaces of timm's models, what they cost, and that timm builds them by name."""
 import json
 import math
+from argparse import Namespace
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm_width.config import fingerprint
 from timm_width.cost import Macs, Params
 from timm_width.models.published import citation, conv_names, find, group_widths, prunets
 from timm_width.policies import names
+from timm_width.start import provenance_of
 from timm_width.trace import meta_copy, trace
 
 FACTS = Path(__file__).resolve().parents[2] / 'shared' / 'facts' / 'published_widths.json'
@@ -204,6 +206,13 @@ def test_a_saved_one_keeps_its_widths_whatever_its_tag_says(tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert again.pretrained_cfg['tag'] == 'aows_trt' and again.blocks[2][0].conv_pw.out_channels == 40
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_training_one_keeps_where_its_widths_are_from():
+    """And not what others claim of theirs."""
+    assert provenance_of(Namespace(model=AOWS, widths=None)) == {
+        'method': 'AOWS', 'source': "Table D.2 of the paper's supplement (https://arxiv.org/abs/2005.10481)"}
+    assert provenance_of(Namespace(model='mobilenetv1_100_width.ra4_e3600_r224_in1k', widths=None)) == {}
 
 
 def test_find():

@@ -74,9 +74,8 @@ def _write_config(network: Published, folder: Path) -> None:
     found, size = counted(model), tuple(model.pretrained_cfg['input_size'])
     if wrong := {k: v for k, v in found.items() if getattr(network, k) != v}:
         raise UsageError(f'{network.name}: published.json does not say what was counted: {wrong}')
-    provenance, base_widths = network.provenance(), None
-    claims = {k: v for k, v in provenance.items() if k.startswith('claimed_')}
-    rows = [{'network': network.name, **found, **claims}]
+    provenance = {**network.provenance, 'costs': {k: found[k] for k in ('macs', 'params')}, **network.claims}
+    rows, base_widths = [{'network': network.name, **found, **network.claims}], None
     if network.tag:
         save(model, folder, provenance, weights=False)
         name = network.model.removesuffix(SUFFIX)
@@ -89,7 +88,7 @@ def _write_config(network: Published, folder: Path) -> None:
     notes = [
         f"{'The widths' if network.tag else 'The network'} that {network.method} found, without weights: from "
         f"{network.source} ({network.url}; {network.terms}). Multiply-adds and parameters are counted here, at {size[-1]} pixels."
-        f"{' What is claimed is claimed by the source, of its own weights.' if claims else ''}", *network.notes]
+        f"{' What is claimed is claimed by the source, of its own weights.' if network.claims else ''}", *network.notes]
     card = render_card(
         json.loads((folder / 'config.json').read_text(encoding='utf-8')), network.name, rows, notes, license=LICENSE,
         base_widths=base_widths, weights=False, method=network.paper)

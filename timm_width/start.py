@@ -204,7 +204,7 @@ def provenance_of(args: Namespace) -> dict[str, Any]:
     if spec is not None:
         return dict(spec.provenance)
     if (network := find(*args.model.partition('.')[::2])) is not None:
-        return network.provenance()
+        return dict(network.provenance)
     source, _, path = args.model.partition(':')
     if source == 'local-dir':
         config = json.loads((Path(path) / 'config.json').read_text(encoding='utf-8'))

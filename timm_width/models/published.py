@@ -81,11 +81,16 @@ class Published:
             raise ConfigError(f'{self.name} is {len(self.vector)} widths, and this version of timm builds {len(names)} for them')
         return group_widths(space, list(zip(names, self.vector)))
 
-    def provenance(self) -> dict[str, Any]:
-        """What a config says of where the network is from."""
-        claims = {'claimed_macs_M': self.claimed_macs_M, 'claimed_top1': self.top1, 'claimed_ms': self.ms}
-        return {'method': self.method, 'source': f'{self.source} ({self.url})', 'costs': {'macs': self.macs, 'params': self.params},
-                **{k: v for k, v in claims.items() if v is not None}}
+    @property
+    def claims(self) -> dict[str, float]:
+        """What the source claims: those there are of 'claimed_macs_M', 'claimed_top1' and 'claimed_ms'."""
+        said = {'claimed_macs_M': self.claimed_macs_M, 'claimed_top1': self.top1, 'claimed_ms': self.ms}
+        return {k: v for k, v in said.items() if v is not None}
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the config of a network of these widths, whatever its weights, says of where they are from."""
+        return {'method': self.method, 'source': f'{self.source} ({self.url})'}
 
     def pretrained_cfg(self, base: PretrainedCfg) -> PretrainedCfg:
         """timm's settings of the tag: those that ImageNet was used with when it was published, and no weights.
