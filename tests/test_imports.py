@@ -25,7 +25,7 @@ ORDER = [
     {'check', 'deployed'},
     {'trace'},
     {'laws', 'recover', 'latency.terms'},
-    {'models.gpunet', 'models.vgg'},
+    {'models.gpunet', 'models.published', 'models.vgg'},
     {'models.prunet_space'},
     {'models.prunet'},
     {'models.prunet_search'},
@@ -42,8 +42,8 @@ ORDER = [
     {'latency.measure', 'latency.model', 'latency.sampling'},
     {'latency'},
     {'arguments', 'grids', 'losses', 'report', 'twins'},
-    {'commandline', 'engine'},
-    {'checkpoints', 'holdout', 'start', 'tasks', 'training_data'},
+    {'card', 'commandline', 'engine'},
+    {'checkpoints', 'holdout', 'start', 'tasks', 'training_data', 'make_hub'},
     {'output', 'task_training', 'latency.blocks', 'latency.bundle', 'latency.fit'},
     {'latency.build'},
     {'latency.command', 'target'},
@@ -223,7 +223,7 @@ def test_importing_timm_width_loads_no_heavy_package(imported):
     new = set(imported[0][1])
     assert {'timm_width', 'timm_width.trace'} <= new
     assert not {m.split('.')[0] for m in new} & set(HEAVY)
-    assert not new & {f'timm_width.{m}' for m in ('cli', 'engine', 'search', 'train', 'export', 'data', 'models.make_supported')}
+    assert not new & {f'timm_width.{m}' for m in ('cli', 'engine', 'search', 'train', 'export', 'data', 'card', 'make_hub', 'models.make_supported')}
 
 
 def test_importing_timm_width_is_quick(imported):

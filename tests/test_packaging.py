@@ -41,6 +41,19 @@ def test_wheel_has_the_entry_points(wheel):
     assert '[timm_width.policies]' in said and 'random = timm_width.policies.random:Random' in said
 
 
+def test_the_wheel_has_the_published_networks(wheel, tmp_path):
+    """Where nothing of the checkout is: by name, in the list, and as folders."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
+    run = ("import timm, timm_width, pathlib; assert 'site' in timm_width.__file__; n = timm_width.list_configs()[0].name; "
+           "hub = pathlib.Path(timm_width.__file__).parent / '_hub'; assert (hub / n / 'README.md').is_file(); "
+           "a, b = (timm.create_model(m, device='meta') for m in (n, f'local-dir:{hub / n}')); "
+           "assert a._model_args['shapes'] == b._model_args['shapes']; "
+           "assert {p.parent.name for p in hub.glob('*/config.json')} == {c.name for c in timm_width.list_configs()}; print(n)")
+    done = subprocess.run([sys.executable, '-c', run], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path / 'site')},
+                          capture_output=True, text=True, check=False)
+    assert done.stdout == 'mobilenetv1_100_width.aows_trt\n', done.stderr
+
+
 @pytest.mark.slow
 def test_installed_wheel_searches_outside_the_checkout(wheel, image_folder, tmp_path):
     """Unpacked where nothing of the checkout is, with this environment's dependencies."""

@@ -2,7 +2,7 @@
 from .budget import Budget, BudgetError
 from .config import ConfigError, Spec, load_spec, save
 from .cost import Cost, Macs, Params
-from .models import is_supported, register, supported
+from .models import is_supported, list_configs, register, supported
 from .recover import widths_from
 from .resize import resize
 from .space import Group, WidthError, WidthSpace
@@ -12,5 +12,6 @@ from .trace import TraceError, trace
 __version__ = '0.1.0'
 __all__ = [
     'Budget', 'BudgetError', 'ConfigError', 'Cost', 'Group', 'Macs', 'Params', 'Spec', 'Supernet', 'TraceError', 'WidthError',
-    'WidthSpace', 'is_supported', 'load_spec', 'recalibrate', 'register', 'resize', 'save', 'supported', 'trace', 'widths_from',
+    'WidthSpace', 'is_supported', 'list_configs', 'load_spec', 'recalibrate', 'register', 'resize', 'save', 'supported', 'trace',
+    'widths_from',
 ]

@@ -14,6 +14,7 @@ from .config import SUFFIX, ConfigError, Spec, digest, is_ours, load_spec, netwo
 from .data import UsageError, first_line
 from .engine import create, model_arguments, say
 from .models import register
+from .models.published import find
 from .recover import widths_from
 from .resize import resize
 from .space import WidthError
@@ -224,6 +225,8 @@ def provenance_of(args: Namespace) -> dict[str, Any]:
     spec = widths_of(args)
     if spec is not None:
         return dict(spec.provenance)
+    if (network := find(*args.model.partition('.')[::2])) is not None:
+        return dict(network.provenance)
     source, _, path = args.model.partition(':')
     if source == 'local-dir':
         config = json.loads((Path(path) / 'config.json').read_text(encoding='utf-8'))

@@ -1,7 +1,7 @@
 """`<base>_width`: every supported timm conv net, with `widths=` and `skips=`.
 
 An entry point builds the base as timm does, with timm's own arguments, and resizes it. The names come from `supported.json`,
-which `make_supported.py` writes by running the laws over timm's registry.
+which `make_supported.py` writes by running the laws over timm's registry. Published widths (`published.py`) are tags of them.
 """
 import inspect
 import json
@@ -12,18 +12,18 @@ from typing import Any, Optional
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
+from timm.models import build_model_with_cfg, get_pretrained_cfg, is_model, model_entrypoint, register_model
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import _model_pretrained_cfgs, _model_with_tags, split_model_name_tag
 from torch import nn
 
-from ..config import FORMAT, SUFFIX, ArgumentError, check_args, check_shapes, check_stored_args, unknown_argument
+from ..config import FORMAT, SUFFIX, ArgumentError, ConfigError, check_args, check_shapes, check_stored_args, unknown_argument
 from ..resize import IMPORTANCE, resize
 from ..space import WidthError, nearest
 from ..trace import trace
-from . import gpunet, prunet, vgg
+from . import gpunet, prunet, published, vgg
 
-__all__ = ['is_supported', 'register', 'supported']
+__all__ = ['BASES', 'is_supported', 'register', 'supported']
 
 default_cfgs: dict[str, DefaultCfg] = {}  # read by register_model
 OWN_ARGS = ('widths', 'skips', 'format', 'shapes', 'importance')
@@ -82,6 +82,7 @@ def _register(base: str) -> None:
     # (the public get_arch_pretrained_cfgs copies deeply, which for all models takes longer than the rest of the import)
     tags = {split_model_name_tag(k)[1]: _model_pretrained_cfgs[k] for k in _model_with_tags[base]}
     cfg = DefaultCfg(is_pretrained=any(c.has_weights for c in tags.values()))
+    tags |= {own.tag: own.pretrained_cfg(_model_pretrained_cfgs[base]) for own in published.tags().get(name, ())}
     cfg.tags.extend(tags)
     cfg.cfgs.update(tags)
     default_cfgs[name] = cfg
@@ -119,6 +120,10 @@ def _build(
     for key in kwargs:
         if key in BUILDER_ARGS:  # of timm's builder: an entry point sets these, never a caller or a config
             raise ArgumentError(f"{name}: unknown argument '{key}'")
+    if (own := published.find(name, pretrained_cfg)) is not None:
+        if isinstance(pretrained_cfg, str):  # a tag that the base does not have
+            pretrained_cfg = get_pretrained_cfg(own.name)
+        _check_published(own, base, pretrained, pretrained_cfg, pretrained_cfg_overlay, skips)
     cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
     own_weights = cfg.get('source') in SOURCES  # from a folder or the Hub: already resized; else the base's
     feature_cfg: dict[str, Any] = {'feature_cls': 'getter'}
@@ -134,17 +139,38 @@ def _build(
             raise unknown_argument(name, e, OWN_ARGS) or e from None
         model.pretrained_cfg = dict(model.pretrained_cfg, architecture=name)
         model._model_args = {}
-        if widths or skips:
+        if widths or skips or own:
             space = trace(model)
+            wanted = own.widths(model, space) if own else widths or {}
+            if own and widths is not None and {**{n: space[n].size for n in space.searchable}, **widths} != wanted:
+                raise ConfigError(f"{own.name} is widths by itself: leave widths= out, or give them to '{name}' without the tag")
             fresh_args = {k: v for k, v in build_args.items() if k not in ('device', 'dtype')}
-            resize(model, space, widths or {}, skips, importance=importance, fresh=lambda: create(**fresh_args))
-        check_shapes(model, name, shapes)
+            resize(model, space, wanted, skips, importance=importance, fresh=lambda: create(**fresh_args))
+        check_shapes(model, name, shapes or (own.shapes if own else None))
         return model
 
     return build_model_with_cfg(
         build, name, pretrained and own_weights, feature_cfg=feature_cfg, pretrained_strict=True, **source, **kwargs)
 
 
-for _base in dict.fromkeys((*supported(), *vgg.OURS, *gpunet.OURS, prunet.NAME)):
-    if is_model(_base):
-        _register(_base)
+def _check_published(
+        own: published.Published,
+        base: str,
+        pretrained: bool,
+        cfg: Any,
+        overlay: Optional[Mapping[str, Any]],
+        skips: Sequence[str],
+) -> None:
+    """Refuses to leave blocks out of a published network, and to load weights of it that nobody published."""
+    if skips:
+        raise ConfigError(f"{own.name} is a network by itself: give skips= to '{own.model}' without the tag, with widths=")
+    said = {**(cfg if isinstance(cfg, Mapping) else vars(cfg)), **(overlay or {})}
+    if pretrained and not any(said.get(key) for key in published.LOCATIONS):
+        raise ConfigError(
+            f"{own.name}: widths were published and no weights: leave pretrained=True out and train it, or give the widths to "
+            f"'{own.model}' with pretrained=True, which cuts the weights of {base} to them")
+
+
+BASES = tuple(b for b in dict.fromkeys((*supported(), *vgg.OURS, *gpunet.OURS, prunet.NAME)) if is_model(b))
+for _base in BASES:
+    _register(_base)
