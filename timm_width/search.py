@@ -35,6 +35,7 @@ from .policies.base import Choice
 from .problem import BASE, Problem, learning_problem, make_problem, set_budgets
 from .report import print_table, write_table
 from .search_flags import check_search_arguments, parse_sweep, policy_names, read_args
+from .start import weights_of
 from .target import Target, build_target, check_kept, check_measurable, find_target, keep_model, needs_measuring
 
 __all__ = ['main', 'parse', 'search']
@@ -235,6 +236,7 @@ def _provenance(problem: Problem, name: str, rule: str, options: Any, row: Mappi
         'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': rule, **{name: list(widths) for name, widths in answer.grid.items()}},
         'search': {'epochs': args.search_epochs, 'holdout': args.search_holdout, 'proxy': args.proxy}, 'baseline': {},
+        'data': args.dataset or Path(args.data_dir or '').resolve().name, **weights_of(args),
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs,
         **channels}
 
