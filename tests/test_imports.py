@@ -43,13 +43,15 @@ ORDER = [
     {'arguments', 'grids', 'losses', 'report', 'twins'},
     {'commandline', 'engine'},
     {'checkpoints', 'holdout', 'start', 'tasks', 'training_data'},
+    {'card', 'plots', 'show'},
+    {'hub'},
     {'output', 'task_training', 'latency.blocks', 'latency.bundle', 'latency.fit'},
     {'latency.build'},
     {'latency.command', 'target'},
     {'problem'},
     {'choosing', 'search_flags'},
     {'comparison'},
-    {'conformance', 'export', 'plots', 'search', 'train'},
+    {'conformance', 'execute', 'export', 'search', 'train'},
     {'cli'},
 ]
 HEAVY = ('onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'tensorrt', 'matplotlib', 'sklearn', 'pandas')

@@ -26,11 +26,11 @@ def render_card(
         image: File beside the card with a picture of the widths.
     """
     said = config.get('timm_width') or {}
-    metadata = {'tags': ['image-classification', 'timm', 'timm_width'], 'library_name': 'timm', 'pipeline_tag': 'image-classification'}
+    metadata = {'tags': ['image-classification', 'timm', 'timm_width'], 'library_name': 'timm'}
     columns = [c for c in COLUMNS if any(row.get(c, '') != '' for row in table)]
     lines = ['---', yaml.safe_dump(metadata, sort_keys=False).strip(), '---', '```python', 'import timm, timm_width', '',
              f"model = timm.create_model('hf-hub:{repo}', pretrained=True)", '```', '', f"# {repo.rpartition('/')[2]}", '',
-             f"{config['architecture']}" + (f", found by {said['policy']} for {said.get('budget')}" if said.get('policy') else ''), '']
+             config['architecture'] + (f", found by {said['policy']} for {said.get('budget')}" if said.get('policy') else ''), '']
     lines += [f'> {note}\n' for note in notes]
     if table:
         lines += ['| ' + ' | '.join(COLUMNS[c] for c in columns) + ' |', '|---' * len(columns) + '|']

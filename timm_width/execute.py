@@ -4,9 +4,9 @@
     timm-width exec benchmark.py --model resnet50_width
     torchrun --nproc_per_node 2 -m timm_width exec train.py --model resnet50_width ...
 
-Everything after SCRIPT is the script's; its exit code is that of this command. Processes that the script starts itself do not
-import timm_width: workers of a DataLoader need not, as models are not built there, also where they are spawned; a script that builds
-models in processes of its own must import timm_width there.
+Everything after SCRIPT is the script's; its exit code is that of this command. Processes that the script spawns do
+not import timm_width: workers of a DataLoader need not, as no model is built there; a script that builds models in processes of its
+own must import it there. (Forked ones have it.)
 """
 import runpy
 import sys
