@@ -368,9 +368,9 @@ def test_results_are_in_the_metadata(hub, client, small):
     [index] = found['model-index']
     [result] = index['results']
     assert index['name'] == 'results' and result['dataset']['name'] == 'digits'
-    assert result['metrics'] == [{'type': 'accuracy', 'value': 71.5, 'name': 'top-1'}]
+    assert result['metrics'] == [{'type': 'accuracy', 'value': 0.715, 'name': 'top-1'}]
     card = hub.files('me/results')['README.md'].decode()
-    assert card.index('import timm, timm_width') < card.index('# results')
+    assert 'import timm, timm_width' in card.split('\n---\n')[1].splitlines()[:12] and "'hf-hub:me/results'" in card
 
 
 def test_the_table_counts_what_no_search_has_told(small, tmp_path):
@@ -381,7 +381,7 @@ def test_the_table_counts_what_no_search_has_told(small, tmp_path):
     assert base == {'network': 'base', 'budget': '', 'macs': timm_width.Macs(space)(), 'params': timm_width.Params(space)()}
     assert found == {'network': 'found', 'budget': '', 'macs': timm_width.Macs(space)(widths), 'top1': 1.5, 'latency_ms': 2.,
                      'params': timm_width.Params(space)(widths), 'latency_spread': 0.1}
-    rows = _table(network, {'baseline': {'base': {'network': 'base', 'macs': 5, 'other': 1}, 'x': 3}, 'costs': 7})
+    rows = _table(network, {'baseline': {'base': {'network': 'base', 'macs': 5, 'params': 'x', 'other': 1}, 'x': 3}, 'costs': 7})
     assert rows[0] == {'network': 'base', 'macs': 5} and len(rows) == 2
 
 

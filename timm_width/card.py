@@ -15,6 +15,8 @@ def render_card(
         table: Sequence[Mapping[str, Any]],
         notes: Sequence[str] = (),
         image: Optional[str] = None,
+        *,
+        base_widths: Optional[Mapping[str, int]] = None,
 ) -> str:
     """Writes a card.
 
@@ -24,6 +26,7 @@ def render_card(
         table: The networks to compare, as in the table of a search.
         notes: Sentences that the reader must know.
         image: File beside the card with a picture of the widths.
+        base_widths: Group -> channels of the base.
     """
     said = config.get('timm_width') or {}
     metadata = {'tags': ['image-classification', 'timm', 'timm_width'], 'library_name': 'timm'}
@@ -36,4 +39,6 @@ def render_card(
         lines += ['| ' + ' | '.join(COLUMNS[c] for c in columns) + ' |', '|---' * len(columns) + '|']
         lines += ['| ' + ' | '.join(str(row.get(c, '')) for c in columns) + ' |' for row in table]
     lines += ['', f'![widths]({image})'] if image else []
+    widths = (config.get('model_args') or {}).get('widths') or {}
+    lines += ['', *(f'    {n} {w} of {base_widths[n]}' for n, w in widths.items() if n in base_widths)] if base_widths else []
     return '\n'.join(lines) + '\n'

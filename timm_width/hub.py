@@ -9,6 +9,7 @@ the budgets of a search becomes a repository of its own, REPO-macs-0.5x and so o
 of HF_TOKEN or of `hf auth login`.
 """
 import io
+import math
 import re
 import tempfile
 from argparse import Namespace
@@ -206,7 +207,7 @@ def _provenance(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # -- the card --------------------------------------------------------------------------------------------------------------
@@ -217,16 +218,17 @@ def _card(config: dict, network: Network, repo: str, metadata: Mapping[str, Any]
     from huggingface_hub import EvalResult, ModelCard
 
     said = _provenance(config)
-    card = ModelCard(render_card(config, repo, _table(network, said), notes, PICTURE if picture else None))
+    text = render_card(config, repo, _table(network, said), notes, PICTURE if picture else None, base_widths=network.base)
+    card = ModelCard(text)
     policy = [said['policy']] if isinstance(said.get('policy'), str) else []
     data = card.data
     data.tags = list(dict.fromkeys([*(data.tags or ()), TASK, 'timm', 'timm_width', 'pruning', *policy]))
     data.library_name, data.pipeline_tag = 'timm', TASK
-    for key, value in metadata.items():
-        setattr(data, key, value)
+    for key in ('license', 'license_name', 'license_link', 'base_model', 'base_model_relation'):
+        setattr(data, key, metadata.get(key))
     images = said['data'] if isinstance(said.get('data'), str) and said['data'] else 'validation images'
-    results = [EvalResult(task_type=TASK, dataset_type=images, dataset_name=images, metric_type=kind, metric_name=METRICS[key],
-                          metric_value=said[key])
+    results = [EvalResult(task_type=TASK, dataset_type=re.sub(r'[^\w.-]+', '-', images.lower()), dataset_name=images,
+                          metric_type=kind, metric_name=METRICS[key], metric_value=round(said[key] / 100, 6))  # a share, there
                for key, kind in (('top1', 'accuracy'), ('map', 'mAP')) if _number(said.get(key))]
     if results:
         data.eval_results, data.model_name = results, repo.rpartition('/')[2]
@@ -238,7 +240,8 @@ def _table(network: Network, said: Mapping[str, Any]) -> list[dict[str, Any]]:
     keys = (*ROW, *METRICS, *(f'{m}_std' for m in METRICS))
 
     def row(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: values[k] if _number(values[k]) else printable(values[k], 60) for k in keys if k in values}
+        return {k: printable(values[k], 60) if k in ROW[:2] else values[k] for k in keys
+                if k in values and (k in ROW[:2] or _number(values[k]))}
 
     baseline = said.get('baseline')
     rows = [row(values) for values in baseline.values() if isinstance(values, dict)] if isinstance(baseline, dict) else []
