@@ -447,8 +447,9 @@ def test_widths_make_the_searched_model_of_the_base(config, image_folder, tmp_pa
                  '--latency-backend', 'torch')
     assert 'test_resnet_width' in capsys.readouterr().out
     saved = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True)
-    assert timm_width.load_spec(tmp_path / 'saved').widths == widths and timm_width.load_spec(tmp_path / 'saved').provenance == {
-        'policy': 'mine'}
+    spec = timm_width.load_spec(tmp_path / 'saved')
+    assert spec.widths == widths and spec.provenance['policy'] == 'mine'
+    assert spec.provenance['top1'] == pytest.approx(float(rows(folder)[-1]['eval_top1']), abs=0.01)
     assert not same(dict(saved.state_dict()), load(folder / 'last.pth.tar')['state_dict'])
     assert 'local-dir:' in (tmp_path / 'saved' / 'README.md').read_text()
     again = run(image_folder, tmp_path, '--model', f'local-dir:{tmp_path}/saved', '--pretrained', '--lr', 0, '--val-interval', 1,
@@ -567,33 +568,38 @@ def test_bad_input_is_one_message_and_leaves_nothing(name, base, config, image_f
     assert says in err and len(err.splitlines()) == 1 and not (tmp_path / 'out').exists()
 
 
-def test_push_to_hub_is_timms(config, image_folder, tmp_path, monkeypatch):
-    """With a hub of our own: what is pushed is a folder from which timm builds the model."""
-    import shutil
-    from types import SimpleNamespace
+def test_push_to_hub_is_that_of_the_command(config, image_folder, tmp_path, monkeypatch):
+    """Of a width model: with how it was found and what this training made of it, not with what another one did."""
+    from timm_width import hub, output
+    pushed = []
 
-    import timm.models._hub as hub
-
-    class Api:
-        def __init__(self, **kwargs):
-            pass
-
-        def create_repo(self, repo_id, **kwargs):
-            return SimpleNamespace(repo_id=repo_id)
-
-        def file_exists(self, **kwargs):
-            return False
-
-        def upload_folder(self, folder_path, **kwargs):
-            shutil.copytree(folder_path, tmp_path / 'hub')
-
-    monkeypatch.setattr(hub, 'HfApi', Api)
-    folder = run(image_folder, tmp_path, '--widths', config, '--epochs', 1, '--push-to-hub', 'me/mine')
-    assert {p.name for p in (tmp_path / 'hub').iterdir()} == {'config.json', 'model.safetensors', 'README.md'}
-    spec = timm_width.load_spec(tmp_path / 'hub')
-    assert spec.provenance == {'policy': 'mine'} and spec.shapes
+    def push(model, repo, provenance, data_config):
+        pushed.append((repo, provenance))
+        timm_width.save(model, tmp_path / 'hub', provenance, data_config=data_config)
+        return hub.Pushed(repo, 'url')
+    monkeypatch.setattr(output, 'push_to_hub', push)
+    said = json.loads((config / 'config.json').read_text())
+    said['timm_width'] |= {'top1': 99., 'baseline': {'base': {'network': 'base', 'macs': 5, 'top1': 98., 'top1_std': ''}}}
+    found = tmp_path / 'found'
+    found.mkdir()
+    (found / 'config.json').write_text(json.dumps(said))
+    folder = run(image_folder, tmp_path, '--widths', found, '--epochs', 1, '--push-to-hub', 'me/mine')
+    [(repo, told)] = pushed
+    top1 = float(list(csv.DictReader((folder / 'summary.csv').open()))[-1]['eval_top1'])
+    assert repo == 'me/mine' and told == {
+        'policy': 'mine', 'inherited': None, 'baseline': {'base': {'network': 'base', 'macs': 5}}, 'train': {'epochs': 1},
+        'data': image_folder.name, 'top1': pytest.approx(top1, abs=0.01)}
     model = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True)
     assert not same(dict(model.state_dict()), load(folder / 'last.pth.tar')['state_dict'])
+
+
+def test_push_to_hub_of_a_plain_model_is_timms(image_folder, tmp_path, monkeypatch):
+    from timm_width import output
+    pushed = []
+    monkeypatch.setattr(output, 'push_to_hf_hub', lambda model, repo, **kwargs: pushed.append((type(model), repo, kwargs)))
+    run(image_folder, tmp_path, '--epochs', 1, '--push-to-hub', 'me/plain')
+    [(kind, repo, kwargs)] = pushed
+    assert repo == 'me/plain' and kwargs['safe_serialization'] is True and 'transformers' not in kwargs['model_card']['tags']
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------------

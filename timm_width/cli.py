@@ -25,8 +25,11 @@ COMMANDS = {  # name -> what --help says; the module of that name has main(argv)
     'latency': 'measure a network at many widths, here or on another machine',
     'transfer': 'carry widths over to a larger model, or compare them',
     'plot': 'draw what a search found',
+    'show': 'print the widths of a network beside its base, and its costs',
+    'push': 'put a saved model on the Hugging Face Hub',
+    'exec': "run a script, such as timm's validate.py, with timm_width imported",
 }
-MODULES = {'latency': 'latency.command', 'plot': 'plots'}  # of commands that are called otherwise
+MODULES = {'latency': 'latency.command', 'plot': 'plots', 'push': 'hub', 'exec': 'execute'}  # of commands that are called otherwise
 ERRORS = (UsageError, RunnerError, LatencyError, PolicyError, BudgetError, CostError, SolveError, WidthError, TraceError,
           TransferError)
 USAGE = 'usage: timm-width COMMAND ...\n\n' + '\n'.join(f'  {name:<8} {text}' for name, text in COMMANDS.items()) + (

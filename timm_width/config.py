@@ -22,7 +22,8 @@ from .space import WidthError, nearest
 
 __all__ = [
     'FORMAT', 'SUFFIX', 'UNSUFFIXED', 'ArgumentError', 'ConfigError', 'Spec', 'check_args', 'check_config', 'check_shapes',
-    'check_stored_args', 'digest', 'fingerprint', 'is_ours', 'load_spec', 'networks_in', 'record', 'save', 'unknown_argument',
+    'check_stored_args', 'digest', 'fingerprint', 'is_ours', 'load_spec', 'networks_in', 'read_config', 'record', 'save',
+    'unknown_argument',
 ]
 
 FORMAT = 1
@@ -241,7 +242,7 @@ def load_spec(path: Union[str, os.PathLike]) -> Spec:
     """
     if isinstance(path, str):
         path = path.removeprefix('local-dir:')
-    data, path = _read(path)
+    data, path = read_config(path)
     name = data['architecture'][:200]
     if not is_ours(name):
         raise ConfigError(f"{path}: '{name}' is not a width model: its name would end in '{SUFFIX}'")
@@ -294,7 +295,7 @@ def networks_in(folder: Union[str, os.PathLike], depth: int = 2, strict: bool = 
         for path in sorted(folder.glob('*/' * level + 'config.json')):
             hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)  # half written
             try:
-                if not hidden and path.is_file() and is_ours(_read(path)[0]['architecture']):
+                if not hidden and path.is_file() and is_ours(read_config(path)[0]['architecture']):
                     found[path.parent] = load_spec(path)
             except ConfigError:
                 if strict:
@@ -308,11 +309,22 @@ def check_config(path: Union[str, os.PathLike]) -> None:
     Raises:
         ConfigError: With the reason.
     """
-    if is_ours(_read(path)[0]['architecture']):
+    if is_ours(read_config(path)[0]['architecture']):
         load_spec(path)
 
 
-def _read(path: Union[str, os.PathLike]) -> tuple[dict, Path]:
+def read_config(path: Union[str, os.PathLike]) -> tuple[dict[str, Any], Path]:
+    """Reads any timm config.json, checked no further than that it is one.
+
+    Args:
+        path: The file, or the folder that holds it.
+
+    Returns:
+        What it holds, and the file.
+
+    Raises:
+        ConfigError: The file is missing, too large or no timm config.
+    """
     path = Path(path)
     path = path / 'config.json' if path.is_dir() else path
     if not path.is_file():

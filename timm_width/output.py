@@ -9,10 +9,12 @@ import torch
 from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
-from .config import FORMAT, SUFFIX, fingerprint, save
-from .data import UsageError, first_line
+from .config import SUFFIX, is_ours, save
+from .data import UsageError
+from .hub import hub_errors, push_to_hub, show
 from .latency.measure import TORCH, measure_many
-from .start import provenance_of
+from .report import METRICS
+from .start import provenance_of, weights_of
 
 __all__ = ['publish']
 
@@ -45,12 +47,13 @@ def publish(model: nn.Module, args: Namespace, config: Mapping[str, Any], result
     """
     if not args.latency_backend and not args.save_pretrained and not args.push_to_hub:
         return
-    searched = _architecture(model).endswith(SUFFIX)
+    searched = is_ours(_architecture(model))
+    found = _provenance(args, results) if searched else {}
     if args.save_pretrained:
         folder = Path(args.save_pretrained)
         try:
             if searched:
-                save(model, folder, provenance_of(args), data_config=config)
+                save(model, folder, found, data_config=config)
             else:
                 save_for_hf(model, folder, safe_serialization=True, data_config=dict(config))
             (folder / 'README.md').write_text(_card(model, f'local-dir:{folder}', results), encoding='utf-8')
@@ -58,16 +61,33 @@ def publish(model: nn.Module, args: Namespace, config: Mapping[str, Any], result
             raise UsageError(f"--save-pretrained '{folder}': {e.strerror or e}; the weights are in the run's last.pth.tar") from e
         print(f"saved: {'import timm_width; ' * searched}timm.create_model('local-dir:{folder}', pretrained=True)", flush=True)
     if args.push_to_hub:
-        further = {'model_config': {'timm_width': provenance_of(args)},
-                   'model_args': {'format': FORMAT, 'shapes': fingerprint(model)}} if searched else {}
-        try:
-            push_to_hf_hub(model, args.push_to_hub, safe_serialization=True, data_config=dict(config), model_card={
-                'description': _what(model)}, **further)
-        except Exception as e:  # of the network, of rights
-            raise UsageError(f"--push-to-hub '{args.push_to_hub}': {first_line(e)}") from e
-        print(f"pushed: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)", flush=True)
+        if searched:
+            show(push_to_hub(model, args.push_to_hub, provenance=found, data_config=config))
+        else:
+            with hub_errors(args.push_to_hub):
+                push_to_hf_hub(model, args.push_to_hub, safe_serialization=True, data_config=dict(config), model_card={
+                    'description': _what(model), 'tags': ['image-classification', 'timm']})
+            print(f"pushed: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)", flush=True)
     if args.latency_backend:
         _time(model.float(), args, config)  # last: what fails here costs nothing
+
+
+def _provenance(args: Namespace, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the widths were found, and what this training has made of them: accuracies of other weights are no longer said."""
+    found = dict(provenance_of(args))
+    if not args.model.startswith('local-dir:') or not args.pretrained:  # else these weights began where the folder's did
+        found.pop('inherited', None)
+        found |= weights_of(args)
+    if not results:
+        return found
+    for key in ('train', *METRICS):
+        found.pop(key, None)
+    if isinstance(found.get('baseline'), dict):
+        found['baseline'] = {name: {k: v for k, v in row.items() if k.partition('_')[0] not in METRICS}
+                             for name, row in found['baseline'].items() if isinstance(row, dict)}
+    metrics = results[-1].get('validation', {})
+    found |= {'train': {'epochs': results[-1]['epoch'] + 1}, 'data': args.dataset or Path(args.data_dir or '').resolve().name}
+    return found | {key: round(metrics[key], 2) for key in METRICS if key in metrics}
 
 
 def _architecture(model: nn.Module) -> str:

@@ -37,6 +37,7 @@ from .problem import BASE, Problem, learning_problem, make_problem, set_budgets
 from .projection import Projection, is_projected, project_problems, saving
 from .report import print_table, write_table
 from .search_flags import check_search_arguments, parse_sweep, policy_names, read_args
+from .start import weights_of
 from .target import Target, build_target, check_kept, check_measurable, find_target, keep_model, needs_measuring
 
 __all__ = ['main', 'parse', 'search']
@@ -275,6 +276,7 @@ def _provenance(problem: Problem, name: str, options: Any, row: Mapping[str, Any
         'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed,
         'budget': row['budget'], 'grid': {'rule': problem.rule, **{name: list(widths) for name, widths in answer.grid.items()}},
         'search': _search_said(args, answer), 'baseline': {},
+        'data': args.dataset or Path(args.data_dir or '').resolve().name, **weights_of(args),
         'versions': {'timm': timm.__version__, 'torch': torch.__version__, 'python': platform.python_version()}, 'costs': costs,
         **channels, **({'transfer': dict(answer.transfer)} if answer.transfer else {})}
 

@@ -20,7 +20,7 @@ from .resize import resize
 from .space import WidthError
 from .trace import trace
 
-__all__ = ['build_model', 'load_start', 'widths_of']
+__all__ = ['build_model', 'load_start', 'provenance_of', 'weights_of', 'widths_of']
 
 NOT_OF_BASE = ('widths', 'skips', 'shapes', 'format', 'importance', 'num_classes', 'in_chans', 'pretrained_cfg')
 MODEL_FILES = ('model.safetensors', 'pytorch_model.bin')
@@ -233,3 +233,20 @@ def provenance_of(args: Namespace) -> dict[str, Any]:
         if is_ours(config['architecture']):
             return dict(load_spec(path).provenance)
     return {}
+
+
+def weights_of(args: Namespace) -> dict[str, Optional[str]]:
+    """Whose published weights a training begins with: their licence is that of the result, too.
+
+    Returns:
+        `{'inherited': 'resnet50.a1_in1k'}`; None in it for random weights; nothing where the flags do not tell, as with a file.
+    """
+    if args.initial_checkpoint or args.pretrained_path or args.pretrained_cfg_overlay or any(
+            getattr(args, flag, None) for flag in ('inherit', 'finetune_from')):
+        return {}
+    if not args.pretrained:
+        return {'inherited': None}
+    cfg = None if ':' in args.model else timm.get_pretrained_cfg(args.model)
+    if cfg is None or not cfg.has_weights:
+        return {}
+    return {'inherited': f"{args.model.partition('.')[0].removesuffix(SUFFIX)}{'.' * bool(cfg.tag)}{cfg.tag or ''}"}
