@@ -1,5 +1,6 @@
 """`timm-width latency fit` and `measure`, and searches under a latency budget: from timings to a network that is as fast as said."""
 import csv
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,15 @@ import yaml
 
 import timm_width
 from timm_width import cli, target
+from timm_width.cost import Macs
 from timm_width.data import UsageError
 from timm_width.grids import make_grid
 from timm_width.latency import build
+from timm_width.latency.blocks import add_up
 from timm_width.latency.bundle import Order, export_bundle
 from timm_width.latency.fit import fit_results, space_of
-from timm_width.latency.model import LatencyModel
+from timm_width.latency.model import LatencyModel, Validation, space_fingerprint
+from timm_width.latency.plan import make_plan
 from timm_width.latency.runner.base import Backend
 from timm_width.latency.runner.manifest import read_manifest
 from timm_width.latency.runner.results import Results
@@ -241,6 +245,7 @@ def test_blocks_are_measured_alone(quick, tmp_path, capsys):
     assert cli.main(command) == 0
     model = LatencyModel.load(tmp_path / 'm.json')
     assert list(model.tables.unary) == ['layer3.0.conv1', 'layer4.0.conv1'] and model.about['kind'] == 'blocks'
+    assert list(model.blocks) == ['layer3.0', 'layer4.0'] and model.about['networks'] == 4
     assert model.validation.networks == 3 and 'NRMSE' in capsys.readouterr().out
 
 
@@ -305,6 +310,54 @@ def test_a_search_can_make_its_latency_model_first(quick, image_folder, tmp_path
     assert cli.main(['search', '--resume', str(tmp_path / 'x'), '--budget', 'latency=0.8x']) == 0  # and keeps it
     assert (tmp_path / 'x' / 'latency.json').read_bytes() == saved
     assert yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())['latency_model'] == 'measure'
+
+
+def block_model(name: str, path: Path, **arguments) -> Path:
+    """A latency model of blocks, that counts MACs."""
+    plan = make_plan(Order(name, grid='prunode' if name != 'prunet' else '', blocks=[], img_size=SIZE, num_classes=CLASSES,
+                           model_args=arguments), 2, False)
+    space, macs = plan.network.space, Macs(plan.network.space)
+    grid = plan.network.grid
+    tables = {t['block']: (t['groups'], np.array([macs.of(t['block'], dict(zip(t['groups'], p))) / 1e6 for p in itertools.product(
+        *t['levels'])]).reshape([len(step) for step in t['levels']])) for t in plan.tables}
+    total, blocks = add_up(grid, tables, macs() / 1e6 - sum(macs.of(name) for name in tables) / 1e6)
+    LatencyModel(space.architecture, space.input_size, space_fingerprint(space), 1, 'fp32', {'backend': 'torch', 'device': 'a CPU of nowhere'},
+                 total, Validation(3, .01, .01, 1.), {}, blocks).save(path)
+    return path
+
+
+BLOCKS = {'prunet': {'space': {'stem': 8, 'head': 16, 'granularity': 8, 'stages': [
+    {'type': 'conv', 'filters': 8, 'stride': 2, 'depth': 1, 'kernels': {'relu': [3, 5]}},
+    {'type': 'irb', 'filters': 16, 'stride': 2, 'depth': 3, 'base_depth': 2, 'kernels': {'relu': [3, 5]}}]}}, MODEL: {}}
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_blocks_are_searched_by_their_own_latency(quick, image_folder, name, tmp_path, capsys):
+    """Of any model, and of one whose layers are several blocks; what is predicted is what was measured of the blocks left."""
+    path = block_model(name, tmp_path / 'm.json', **BLOCKS[name])
+    flags = ['search', '--model', name, '--data-dir', str(image_folder), '-b', '8', '--policy', 'prunode', '--epochs', '0', '--search-epochs', '3',
+             '--device', 'cpu', '--img-size', str(SIZE), '-j', '0', '--budget', 'latency', '--latency-model', str(path), '--output',
+             str(tmp_path / 'x'), '--baselines', 'base', '--num-classes', str(CLASSES),
+             *(['--model-kwargs', f"space={BLOCKS[name]['space']}"] if name == 'prunet' else [])]
+    assert cli.main(flags) == 0, capsys.readouterr().err
+    rows = table(tmp_path / 'x')
+    for row in rows.values():
+        assert float(row['predicted_ms']) == pytest.approx(float(row['macs']) / 1e6, rel=1e-4)
+    assert timm.create_model(f"local-dir:{tmp_path / 'x'}") is not None
+
+
+def test_blocks_cannot_be_weighed_by_whole_networks(quick, image_folder, model_file, tmp_path, capsys):
+    """The line says the command that makes what is needed."""
+    blocks = block_model(MODEL, tmp_path / 'm.json')
+    for model, path, message in ((MODEL, model_file, 'it was fitted to whole networks'), (MODEL, 'measure', 'that measures whole networks'),
+                                 ('prunet', blocks, f'it is one of {MODEL}, not of all blocks of prunet')):
+        flags = search(image_folder, tmp_path / 'x', '--budget', 'latency', '--latency-model', str(path), policy='prunode')
+        flags[2] = model
+        del flags[flags.index('--grid'):flags.index('--grid') + 2]
+        assert cli.main([*flags, '--num-classes', str(CLASSES)]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count('\n') == 1 and not (tmp_path / 'x').exists()
+        assert f'timm-width latency measure {model} --num-classes 3 --img-size 32 --backend onnxruntime --blocks' in err
 
 
 REFUSED = {

@@ -159,6 +159,36 @@ def test_a_broken_file_is_refused_in_one_line(model, tmp_path, path, value, mess
     assert 'm.json' in str(error.value) and '\n' not in str(error.value)
 
 
+@pytest.fixture
+def of_blocks(model):
+    pair, *_ = model.tables.pairwise
+    part = Factors({g: model.tables.grid[g] for g in pair}, .01, {}, {pair: model.tables.pairwise[pair]})
+    return replace(model, blocks={'layer1.0': part, 'layer2.0': Factors({}, .02)})
+
+
+def test_blocks_are_saved_and_can_be_left_out(of_blocks, space, tmp_path):
+    of_blocks.save(tmp_path / 'm.json')
+    cost = LatencyModel.load(tmp_path / 'm.json').cost(space)
+    assert cost.of('layer2.0') == .02 and list(cost.blocks) == ['layer1.0', 'layer2.0']
+    for block in set(cost.blocks) & {b.name for b in space.blocks}:
+        assert cost({}, [block]) == pytest.approx(cost() - of_blocks.cost(space).of(block), rel=1e-8)
+    assert {b.name for b in space.blocks} & set(cost.blocks)
+
+
+@pytest.mark.parametrize('block', [
+    {'constant': 1., 'unary': {'nothing': [1.]}, 'pairwise': []}, {'constant': 1., 'unary': {}}, 3, {'constant': 'x', 'unary': {}, 'pairwise': []},
+    {'constant': 1., 'unary': {'stem.conv1': [1., 2., 3.]}, 'pairwise': []}, {'constant': 1., 'unary': {}, 'pairwise': [], 'more': 1},
+    {'constant': float('inf'), 'unary': {}, 'pairwise': []},
+], ids=str)
+def test_broken_blocks_are_refused_in_one_line(of_blocks, block, tmp_path):
+    of_blocks.save(tmp_path / 'm.json')
+    found = json.loads((tmp_path / 'm.json').read_text())
+    (tmp_path / 'm.json').write_text(json.dumps({**found, 'blocks': {'layer1.0': block}}))
+    with pytest.raises(LatencyError, match='is no latency model') as error:
+        LatencyModel.load(tmp_path / 'm.json')
+    assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"a": 1}', '\x00\x01', '[' * 200_000])
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     (tmp_path / 'm.json').write_text(text)

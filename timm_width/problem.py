@@ -22,9 +22,9 @@ from .policies.base import Choice, Grid
 from .resize import resize
 from .space import MAX_GROWTH, WidthError, WidthSpace
 from .tables import Tables
-from .target import MEASURE, Target
+from .target import MEASURE, Target, block_command
 from .trace import trace
-from .twins import ends, has_twin, plain_arguments, trace_twin, twin_grid, twin_name
+from .twins import ends, has_twin, plain_arguments, plain_tables, trace_twin, twin_grid, twin_name
 
 BASE = 'base'
 
@@ -61,6 +61,7 @@ class Problem:
         latency: What a latency model predicts, if there is one.
         rule: Name of the grid.
         twin: Name of the model with all blocks that a layer may be, if `space` is that model's (see twins.py).
+        of_blocks: Whether it is for a policy that chooses among blocks.
     """
     args: Namespace
     train: View
@@ -73,6 +74,7 @@ class Problem:
     latency: Optional[Cost] = None
     rule: str = ''
     twin: str = ''
+    of_blocks: bool = False
 
     def model(self, choice: Choice, seed: int) -> nn.Module:
         """The model at some widths; the same seed gives the same initial weights."""
@@ -198,7 +200,7 @@ def make_problem(
             high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
     views = View(splits.train), View(splits.validation)
-    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy])
+    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy], of_blocks=policy in of_blocks)
              for policy, grid in grids.items()}
     if has_twin(args.model) and any(policy in of_blocks for policy in found):
         for flag in ('grid', 'width_divisor', 'width_min', 'width_max', 'supernet_macs', 'fix'):
@@ -211,7 +213,7 @@ def make_problem(
         wide = {policy: make_grid(space, rule, high=MAX_GROWTH, fix=args.fix, squeezes=fixed) for policy, rule in rules.items()}
         found = {policy: replace(p, grid=wide[policy]) for policy, p in found.items()}  # what is found may be larger than the base
         first = next(iter(found.values()))
-        of_twin = replace(first, space=whole, grid=twin_grid(twin), twin=twin_name(args.model))
+        of_twin = replace(first, space=whole, grid=twin_grid(twin), twin=twin_name(args.model), of_blocks=True)
         found = {BASE: first, **{policy: replace(of_twin, rule=p.rule) if policy in of_blocks else p
                                  for policy, p in found.items()}}
     return found
@@ -230,7 +232,7 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
     """
     first = next(iter(problems.values()))
     args, space = first.args, first.space
-    latency = target.cost(space)
+    latency = _latency(problems, target)
     pending = latency is None and args.latency_model == MEASURE
     budgets = tuple(Budget.parse(text, space, Tables(space, 'ms per image', Factors({}, 1.)) if pending else latency)
                     for text in args.budget)
@@ -239,8 +241,12 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
         if problem.twin:
             found[policy] = _twin_budgets(problem, budgets, target)
             continue
-        grid = problem.grid if problem is first else target.clip(problem.grid)
-        for budget in budgets:
+        grid = problem.grid
+        if problem is not first or policy == BASE:
+            grid = target.clip(grid, latency)
+        elif latency is not None and latency.blocks:  # what is in none of them keeps its width
+            grid = {name: widths for name, widths in grid.items() if name in latency.tables.grid}
+        for budget in budgets if policy != BASE else ():  # which is as it is
             if pending and isinstance(budget.cost, Tables):
                 continue
             ends = [{name: widths[i] for name, widths in grid.items()} for i in (0, -1)]
@@ -255,6 +261,31 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
                 raise BudgetError(f"{e}{finer(problem.rule) if coarse else ''}") from None
         found[policy] = replace(problem, grid=grid, budgets=budgets, latency=latency)
     return found
+
+
+def _latency(problems: Mapping[str, Problem], target: Target) -> Optional[Tables]:
+    """What latency is counted by for networks of the model itself.
+
+    Raises:
+        UsageError: The latency model knows no blocks, and they are chosen.
+    """
+    first, twin = next(iter(problems.values())), next((p for p in problems.values() if p.twin), None)
+    args = first.args
+    if not any(p.of_blocks for p in problems.values()) or not (target.model or args.latency_model == MEASURE):
+        return target.cost(first.space)
+    wanted = f'--latency-model {args.latency_model}: blocks are chosen, and '
+    how = f'; measure blocks alone: {block_command(args, first.space)}'
+    if target.model is None:
+        raise UsageError(f'{wanted}that measures whole networks{how}')
+    if twin is None:
+        if not (latency := target.cost(first.space)).blocks and any(text.strip().startswith('latency') for text in args.budget):
+            raise UsageError(f'{wanted}it was fitted to whole networks{how}')
+        return latency
+    if target.model.architecture != twin.space.architecture:
+        raise UsageError(f'{wanted}it is one of {target.model.architecture}, not of all blocks of {args.model}{how}')
+    with torch.device('meta'):
+        model = twin_model(args)
+    return plain_tables(model, target.cost(twin.space), first.space)
 
 
 def _twin_budgets(problem: Problem, budgets: Sequence[Budget], target: Target) -> Problem:

@@ -107,7 +107,8 @@ class Tables(Cost):
         """Raises WidthError where nothing was measured."""
         if unknown := [name for name in skips if name not in self.blocks]:
             known = f"{', '.join(list(self.blocks)[:3])} and so on" if self.blocks else 'whole networks'
-            raise WidthError(f"{self.space.architecture}: {self.unit} were measured of {known}: '{unknown[0]}' cannot be left out")
+            raise WidthError(f"{self.space.architecture}: {self.unit} were measured of {known}: '{unknown[0]}' cannot be left out, "
+                             'nor weighed (timm-width latency measure --blocks measures blocks alone)')
         for name, width in widths.items():
             levels = self.tables.grid.get(name, (self.space[name].size,))
             if not levels[0] <= width <= levels[-1]:

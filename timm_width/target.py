@@ -7,7 +7,6 @@ from typing import Any, Optional
 
 from torch import nn
 
-from .cost import Cost
 from .data import UsageError
 from .engine import model_arguments, say
 from .factors import Grid
@@ -17,9 +16,12 @@ from .latency.measure import BACKEND_NAMES, TORCH, Measurement, check_backend, d
 from .latency.model import LatencyModel
 from .latency.runner.errors import RunnerError
 from .space import WidthSpace
+from .tables import Tables
 
-__all__ = ['MEASURE', 'Target', 'add_target_arguments', 'build_target', 'check_kept', 'check_measurable', 'find_target',
-           'keep_model', 'needs_measuring']
+__all__ = [
+    'MEASURE', 'Target', 'add_target_arguments', 'block_command', 'build_target', 'check_kept', 'check_measurable', 'find_target',
+    'keep_model', 'needs_measuring',
+]
 
 MEASURE = 'measure'
 FILE = 'latency.json'  # in --output
@@ -62,7 +64,7 @@ class Target:
     model: Optional[LatencyModel] = None
     elsewhere: str = ''
 
-    def cost(self, space: WidthSpace) -> Optional[Cost]:
+    def cost(self, space: WidthSpace) -> Optional[Tables]:
         """What latency budgets count, if there is a model.
 
         Raises:
@@ -86,13 +88,13 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}{f' on {self.device}' if self.device else ''}, {self.precision}, batch {self.batch}"
 
-    def clip(self, grid: Grid) -> Grid:
+    def clip(self, grid: Grid, latency: Optional[Tables]) -> Grid:
         """The part of a grid where the latency model says something; groups of which nothing is left keep their base width."""
-        if self.model is None:
+        if self.model is None or latency is None:
             return grid
         found = {}
         for name, widths in grid.items():
-            measured = self.model.tables.grid.get(name)
+            measured = latency.tables.grid.get(name)
             if measured and (inside := tuple(w for w in widths if measured[0] <= w <= measured[-1])):
                 found[name] = inside
         return found
@@ -164,6 +166,15 @@ def _elsewhere(target: Target, args: Namespace) -> str:
     except (UsageError, RunnerError) as e:
         return f'{CANNOT} {target.backend}, by which the latency model was made on {theirs}: {e}'
     return '' if ours == theirs else f'the latency model was made on {theirs}, and this is {ours}'
+
+
+def block_command(args: Namespace, space: WidthSpace) -> str:
+    """The command that measures the blocks of the model that the flags name."""
+    flags = {'--model-kwargs': [f'{k}={v}' for k, v in args.model_kwargs.items()], '--num-classes': [args.num_classes or ''],
+             '--img-size': [space.input_size[1]], '--grid': [args.grid or ''], '--fix': args.fix,
+             '--backend': [args.latency_backend or 'onnxruntime']}
+    said = ' '.join(f"{flag} {' '.join(map(str, values))}" for flag, values in flags.items() if any(values))
+    return f'timm-width latency measure {args.model} {said} --blocks --out blocks.json'
 
 
 def needs_measuring(args: Namespace) -> bool:

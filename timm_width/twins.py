@@ -3,30 +3,42 @@
 A network of the twin is written as any other: widths of the hidden groups, and as skips the candidates that are not there. A layer
 that is left out has none. `plain_arguments` says what model that is.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Optional
 
+import numpy as np
 import timm
 from torch import nn
 
 from .cost import Cost
-from .factors import Grid
+from .factors import Factors, Grid, sum_terms
 from .policies.base import Choice
 from .space import Block, WidthError, WidthSpace
+from .tables import Tables
 from .trace import trace
 
-__all__ = ['ends', 'has_twin', 'plain_arguments', 'trace_twin', 'twin_grid', 'twin_name']
+__all__ = [
+    'base_choice', 'ends', 'has_twin', 'is_twin', 'plain_arguments', 'plain_tables', 'random_choice', 'trace_twin', 'twin_block',
+    'twin_grid', 'twin_name',
+]
+
+SUFFIX = '_search'
 
 
 def twin_name(name: str) -> str:
     """What the model with all candidates is called."""
-    return f'{name}_search'
+    return f'{name}{SUFFIX}'
 
 
 def has_twin(name: str) -> bool:
     """Whether layers of a model can be chosen from several blocks."""
     return timm.is_model(twin_name(name))
+
+
+def is_twin(name: str) -> bool:
+    """Whether a model is a twin."""
+    return name.endswith(SUFFIX) and has_twin(name.removesuffix(SUFFIX))
 
 
 def trace_twin(twin: nn.Module, input_size: Sequence[int]) -> WidthSpace:
@@ -54,6 +66,65 @@ def plain_arguments(twin: nn.Module, choice: Choice) -> dict[str, Any]:
             raise WidthError(f"'{layer}' has {len(left)} blocks left: {', '.join(left)}")
         found[layer] = (left[0], choice.widths.get(twin.hidden_group(layer, left[0]))) if left else None
     return twin.chosen(found)
+
+
+def twin_block(twin: nn.Module, path: str) -> nn.Module:
+    """A candidate by itself, new; the twin may be on the meta device."""
+    layer, _, name = path.partition('.candidates.')
+    return twin.offers[layer][name].module().eval()
+
+
+def base_choice(twin: nn.Module) -> Choice:
+    """The network of the plain model without arguments, at the nearest hidden widths that there are."""
+    return _choice(twin, twin.base())
+
+
+def random_choice(twin: nn.Module, grid: Grid, rng: np.random.Generator) -> Choice:
+    """Draws a candidate, or none where that may be, for every layer, and its hidden width."""
+    found = {}
+    for layer, paths in _candidates(twin).items():
+        names = [*paths, *([None] if all(block.residual for block in twin.offers[layer].values()) else [])]
+        name = names[rng.integers(len(names))]
+        group = name and twin.hidden_group(layer, name)
+        found[layer] = name and (name, int(rng.choice(grid[group])) if group else None)
+    return _choice(twin, found)
+
+
+def _choice(twin: nn.Module, found: Mapping[str, Optional[tuple[str, Optional[int]]]]) -> Choice:
+    widths, skips = {}, []
+    for layer, paths in _candidates(twin).items():
+        chosen, width = found[layer] or (None, None)
+        skips += [path for name, path in paths.items() if name != chosen]
+        if width is not None:
+            widths[twin.hidden_group(layer, chosen)] = width
+    return Choice(widths, tuple(skips))
+
+
+def plain_tables(twin: nn.Module, tables: Tables, plain: WidthSpace) -> Tables:
+    """What was measured of a twin's blocks, as a cost of the plain model without arguments.
+
+    Args:
+        twin: The twin; it may be on the meta device.
+        tables: Of its space, and of every candidate.
+        plain: The width space of the plain model.
+
+    Raises:
+        WidthError: The tables are not of every candidate.
+    """
+    rest, blocks = tables() - sum(tables.of(block.name) for block in tables.space.blocks), {}
+    skips = base_choice(twin).skips
+    for path in (block.name for block in tables.space.blocks if block.name not in skips):
+        layer, _, name = path.partition('.candidates.')
+        part = tables.blocks[path].tables
+        new = {group: group.replace(f'.candidates.{name}', '') for group in part.grid}
+        blocks[layer] = Factors({new[g]: widths for g, widths in part.grid.items()}, part.constant,
+                                {new[g]: table for g, table in part.unary.items()},
+                                {(new[a], new[b]): table for (a, b), table in part.pairwise.items()})
+    grid = {g: widths for part in blocks.values() for g, widths in part.grid.items()}
+    terms = [((g,), table) for part in blocks.values() for g, table in part.unary.items()]
+    terms += [(pair, table) for part in blocks.values() for pair, table in part.pairwise.items()]
+    constant = rest + sum(float(part.constant) for part in blocks.values())
+    return Tables(plain, tables.unit, sum_terms(grid, terms, constant), blocks)
 
 
 def ends(twin: nn.Module, grid: Grid, cost: Cost) -> tuple[Choice, Choice]:

@@ -1,27 +1,25 @@
 """Makes a latency model on this machine: writes a bundle, measures it and fits, in stages, until more would not help."""
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
-import timm
 from torch import nn
 
-from .. import __version__
 from ..data import UsageError
 from ..engine import create
-from ..factors import random_widths
 from ..resize import resize
 from ..space import WidthSpace
-from .blocks import block_tables, find_blocks
+from .block_bundle import BLOCK_SAMPLES, check_same, export_blocks, write_plan
+from .block_fit import LEAST_NETWORKS, fit_blocks
 from .bundle import Order, describe_order, export_bundle, make_network, plan_bundle
-from .fit import Fit, fit_results
-from .measure import TORCH, Measurement, check_backend, describe, measure
-from .model import SUFFIX, LatencyModel, predict, space_fingerprint, validate
+from .fit import Fit, fit_results, space_of
+from .measure import TORCH, check_backend, describe, measure
+from .model import predict, validate
+from .plan import Parts, make_plan
 from .runner.backends import open_backend
 from .runner.main import measure_bundle
 from .runner.manifest import Manifest, read_manifest
@@ -29,12 +27,11 @@ from .runner.results import scan_results
 from .runner.timing import BRIEF, Timing
 from .sampling import LEAST_SAMPLES, networks_to_time
 
-__all__ = ['BLOCK_SAMPLES', 'Device', 'build_block_model', 'build_latency_model', 'check_begun']
+__all__ = ['Device', 'build_block_model', 'build_latency_model', 'check_begun']
 
 DRAWN = 8000  # networks, of which as many are measured as are asked for: as many as the authors of AOWS measured
 FIRST = 400  # networks of the first stage; each stage has twice as many
 BETTER = 0.95  # a stage that leaves more of the validation error than this was the last
-BLOCK_SAMPLES = 20  # whole networks on which tables of blocks are validated
 
 
 @dataclass(frozen=True)
@@ -96,40 +93,48 @@ def build_latency_model(
         best, count = fit, min(2 * count, samples)
 
 
-def build_block_model(order: Order, device: Device, patterns: Sequence[str], samples: int = BLOCK_SAMPLES) -> Fit:
-    """Measures each block of a network alone at each of its widths (see `blocks`), and whole networks to see how well that adds up.
+def build_block_model(
+        order: Order,
+        device: Device,
+        folder: Path,
+        samples: int = BLOCK_SAMPLES,
+        say: Callable[[str], None] = print,
+) -> Fit:
+    """Measures each block of a network alone at its widths (see plan.py), and whole networks to see how well that adds up.
+
+    What a killed call had measured is not measured again.
 
     Args:
-        order: The network and its grid.
+        order: The network, its grid, blocks and knots.
         device: What to time by.
-        patterns: Names of modules; by default all residual blocks.
+        folder: For the bundle and its results; new, or that of an earlier call for the same.
         samples: How many whole networks to measure.
+        say: Told how far it is.
 
     Raises:
-        UsageError, CostError: As `blocks.find_blocks`.
-        RunnerError: The backend is not there, or cannot run the networks.
+        UsageError, CostError: As `plan.make_plan`; or the folder holds something else.
+        RunnerError: The backend is not there, or cannot run the blocks.
     """
-    problem = make_network(order)
-    blocks = find_blocks(problem.space, problem.grid, patterns)
-
-    def time(module: nn.Module, size: tuple[int, ...]) -> Measurement:
-        return measure(module, size, device.backend, device.precision, order.batch, device.device, threads=device.threads, **BRIEF)
-
-    tables = block_tables(problem.model, problem.space, problem.grid, blocks, lambda module, size: time(module, size).ms)
-    rng = np.random.default_rng(order.seed)
-    networks = [random_widths(problem.grid, rng) for _ in range(samples)]
-    measured = [time(resize(copy.deepcopy(problem.model), problem.space, widths), problem.space.input_size) for widths in networks]
-    notes = [f'{n} of {samples} whole networks were disturbed by other load'] if (n := sum(m.disturbed for m in measured)) else []
-    if tables.constant < 0:
-        notes.append(f'measured alone, the blocks take {-tables.constant:.4g} ms more than the whole network: that is taken off')
-    ms, predicted = np.array([m.ms for m in measured]), predict(tables, networks)
-    cells = sum(t.size for t in (*tables.unary.values(), *tables.pairwise.values()))
-    about = {'kind': 'blocks', 'blocks': list(blocks), 'networks': cells, 'unknowns': cells, 'loop': dict(measured[0].loop),
-             'notes': notes, 'versions': {'timm_width': __version__, 'timm': timm.__version__}}
-    model = LatencyModel(problem.space.architecture.removesuffix(SUFFIX), tuple(problem.space.input_size),
-                         space_fingerprint(problem.space), order.batch, device.precision, dict(measured[0].backend), tables,
-                         validate(predicted, ms), about)
-    return Fit(model, networks, ms, predicted, notes)
+    if samples < LEAST_NETWORKS:
+        raise UsageError(f'--samples must be at least {LEAST_NETWORKS} whole networks to validate on, not {samples}')
+    ours = device.backend in TORCH
+    check_backend(device.backend, device.precision, device.device or 'cpu')
+    backend: Any = _Torch(device) if ours else open_backend(device.backend, precision=device.precision, threads=device.threads)
+    begun = (folder / 'manifest.json').is_file()
+    if not begun and not ours:
+        say(export_blocks(order, folder, samples, say=say).splitlines()[0])
+    plan = make_plan(order, samples, not ours) if begun or ours else None
+    if begun:
+        check_same(read_manifest(folder), plan, ours)
+    elif ours:
+        write_plan(plan, folder)
+    manifest = read_manifest(folder)
+    space = plan.network.space if plan else space_of(manifest)
+    if ours:
+        manifest = Parts(manifest.folder, manifest.fingerprint, manifest.data, manifest.configurations, plan)
+    results = folder / 'results.jsonl'
+    say(measure_bundle(manifest, backend, results, backend.brief))
+    return fit_blocks(manifest, scan_results(results, manifest), space)
 
 
 def check_begun(order: Order, device: Device, samples: int, folder: Path) -> None:

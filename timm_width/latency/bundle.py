@@ -37,7 +37,10 @@ from .onnx_graph import RecipeError, export_bytes, settle
 from .onnx_recipe import find_recipe
 from .runner.manifest import FILE_PRECISIONS, FORMAT, MAX_INPUT, USES, read_manifest
 
-__all__ = ['Network', 'Order', 'check_packages', 'describe_order', 'export_bundle', 'make_network', 'plan_bundle']
+__all__ = [
+    'Network', 'Order', 'beside', 'build_network', 'check_images', 'check_order', 'check_packages', 'describe_order',
+    'export_bundle', 'make_network', 'plan_bundle', 'write_manifest', 'write_networks', 'write_runner',
+]
 
 RUN = '''"""Measures this bundle: python run.py --backend onnxruntime (or tensorrt, trtexec, ...: --help lists them)."""
 import sys
@@ -72,6 +75,8 @@ class Order:
         model_args: Further arguments of the model.
         seed: Of the random weights.
         max_files: Most configurations that are exported one by one, where the network cannot be cut.
+        blocks: Patterns of the modules to measure alone (see plan.py); none of them, for the usual ones. None: whole networks.
+        knots: How many widths of each block to measure; None: all.
     """
     model: str
     grid: str = 'multiples'
@@ -88,6 +93,8 @@ class Order:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     max_files: int = 200
+    blocks: Optional[Sequence[str]] = None
+    knots: Optional[int] = None
 
 
 class Network(NamedTuple):
@@ -97,7 +104,8 @@ class Network(NamedTuple):
     grid: Grid
 
 
-def _build(order: Order, **kwargs: Any) -> nn.Module:
+def build_network(order: Order, **kwargs: Any) -> nn.Module:
+    """The network of an order at its base widths, with random weights."""
     random_seed(order.seed)
     return create(order.model, order.num_classes, **_arguments(order), **kwargs).eval()
 
@@ -112,7 +120,7 @@ def make_network(order: Order) -> Network:
     Raises:
         UsageError: It cannot be built, or there is nothing to compare.
     """
-    model = _build(order)
+    model = build_network(order)
     data = resolve_data_config({'img_size': order.img_size} if order.img_size else {}, model=model)
     size = (getattr(model, 'in_chans', data['input_size'][0]), *data['input_size'][1:])
     if not getattr(model, 'num_classes', 1):
@@ -145,10 +153,10 @@ def plan_bundle(order: Order, out: Path, draw: Draw) -> None:
     Raises:
         UsageError: Something cannot be worked with; then nothing is written.
     """
-    _check(order, out, False)
+    check_order(order, out, False)
     network = make_network(order)
-    with _beside(out) as folder:
-        _write_manifest(folder, order, network, _configurations(order, network, draw), [], None)
+    with beside(out) as folder:
+        write_manifest(folder, _describe(order, network, _configurations(order, network, draw), [], None))
 
 
 def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) -> str:
@@ -167,23 +175,22 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
         UsageError: Something cannot be worked with; then nothing is written.
     """
     check_packages()
-    _check(order, out, overwrite)
+    check_order(order, out, overwrite)
     network = make_network(order)
     _, space, grid = network  # of which a search has the space; the exported one has other activations
     size = space.input_size
     configurations = _configurations(order, network, draw)
     images = torch.randn(order.batch, *size, generator=torch.Generator().manual_seed(order.seed))
-    largest = resize(_build(order, exportable=True), space, {name: widths[-1] for name, widths in grid.items()})
+    largest = resize(build_network(order, exportable=True), space, {name: widths[-1] for name, widths in grid.items()})
     try:
         settle(largest, images[:4])
     except (RuntimeError, ValueError, AssertionError) as e:
         raise UsageError(f'the model cannot run on images of {size}: {first_line(e)}') from e
     own = trace(largest, size)
-    with _beside(out) as folder:
-        recipe, files, why = _write_networks(order, largest, own, grid, configurations, images, folder)
-        _write_manifest(folder, order, network, configurations, files, recipe)
-        (folder / 'run.py').write_text(RUN, encoding='utf-8')
-        shutil.copytree(Path(__file__).parent / 'runner', folder / 'runner', ignore=shutil.ignore_patterns('__pycache__'))
+    with beside(out) as folder:
+        recipe, files, why = write_networks(order, largest, own, grid, configurations, images, folder)
+        write_manifest(folder, _describe(order, network, configurations, files, recipe))
+        write_runner(folder)
     total = sum(f.stat().st_size for f in out.rglob('*.onnx'))
     how = f'exported one by one ({why})' if why else 'cut from one file'
     return (f'{out}: {space.architecture}, {len(configurations)} configurations of {len(grid)} groups, {how}, '
@@ -194,7 +201,7 @@ def export_bundle(order: Order, out: Path, draw: Draw, overwrite: bool = False) 
 def _configurations(order: Order, network: Network, draw: Draw) -> list[tuple[str, dict[str, int]]]:
     """The networks to measure, checked."""
     _, space, grid = network
-    _check_images(order.batch, *space.input_size)
+    check_images(order.batch, *space.input_size)
     configurations = [(use, {name: widths.get(name) for name in grid}) for use, widths in draw(space, grid)]
     for use, widths in configurations:
         if use not in USES or any(w not in grid[name] for name, w in widths.items()):
@@ -204,63 +211,91 @@ def _configurations(order: Order, network: Network, draw: Draw) -> list[tuple[st
     return configurations
 
 
-def _write_manifest(
-        folder: Path,
+def _describe(
         order: Order,
         network: Network,
         configurations: Sequence[tuple[str, Mapping[str, int]]],
         files: Sequence[Mapping[str, str]],
         recipe: Optional[Mapping[str, Any]],
-) -> None:
-    packages = ('timm', 'torch', *(['onnx'] if files else []))
-    manifest = {
-        'format': FORMAT, **describe_order(order, network), 'files': files, 'recipe': recipe,
-        'configurations': [{'use': use, 'widths': list(widths.values())} for use, widths in configurations],
-        'versions': {'timm_width': __version__, **{name: import_module(name).__version__ for name in packages}}}
-    text = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in manifest.items())
+) -> dict[str, Any]:
+    """A manifest of whole networks."""
+    return {'format': FORMAT, **describe_order(order, network), 'files': files, 'recipe': recipe,
+            'configurations': [{'use': use, 'widths': list(widths.values())} for use, widths in configurations]}
+
+
+def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
+    """Writes a manifest, with the versions of what made it, and reads it as the target will."""
+    packages = ('timm', 'torch', *(['onnx'] if any(folder.rglob('*.onnx')) else []))
+    data = {**data, 'versions': {'timm_width': __version__, **{name: import_module(name).__version__ for name in packages}}}
+    text = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in data.items())
     (folder / 'manifest.json').write_text('{\n' + text + '\n}\n', encoding='utf-8')
-    read_manifest(folder)  # as the target will
+    read_manifest(folder)
 
 
-def _write_networks(
+def write_runner(folder: Path) -> None:
+    """Writes the program that measures a bundle."""
+    (folder / 'run.py').write_text(RUN, encoding='utf-8')
+    shutil.copytree(Path(__file__).parent / 'runner', folder / 'runner', ignore=shutil.ignore_patterns('__pycache__'))
+
+
+def write_networks(
         order: Order,
         largest: nn.Module,
-        space: WidthSpace,
+        space: Optional[WidthSpace],
         grid: Grid,
         configurations: Sequence[tuple[str, Mapping[str, int]]],
         images: torch.Tensor,
         folder: Path,
+        name: str = '',
 ) -> tuple[Optional[dict[str, Any]], list[dict[str, str]], str]:
-    """Writes the ONNX files; returns the recipe, what was written, and why there is no recipe."""
-    try:
-        model, recipe = find_recipe(largest, space, grid, images, order.precision, order.seed)
-        return recipe, [_write(folder, 'model.onnx', model)], ''
-    except RecipeError as e:
-        why = str(e)
+    """Writes the ONNX files of a network.
+
+    Args:
+        order: Its precision, seed and bounds.
+        largest: The network at the grid's largest widths, settled.
+        space: Its width space, if there is a grid.
+        grid: Group -> widths.
+        configurations: What will be measured.
+        images: Examples.
+        folder: The bundle's.
+        name: What the files are called, if there are several networks.
+
+    Returns:
+        The recipe, what was written, and why there is no recipe.
+    """
+    why = ''
+    if grid:
+        try:
+            model, recipe = find_recipe(largest, space, grid, images, order.precision, order.seed)
+            return recipe, [_write(folder, f'networks/{name}.onnx' if name else 'model.onnx', model)], ''
+        except RecipeError as e:
+            why = str(e)
     if len(configurations) > order.max_files:
-        raise UsageError(f'{space.architecture} cannot be cut from one ONNX file ({why}), and {len(configurations)} configurations '
-                         f'would be exported one by one, in seconds each: give --samples {order.max_files} or a larger --max-files')
-    (folder / 'networks').mkdir()
+        raise UsageError(f'{name or space.architecture} cannot be cut from one ONNX file ({why}), and {len(configurations)} '
+                         'configurations would be exported one by one, in seconds each: give '
+                         f'--samples {order.max_files} or a larger --max-files')
     files = []
     for i, (_, widths) in enumerate(configurations):
-        model = export_bytes(resize(copy.deepcopy(largest), space, widths), images, order.precision, check=False)
-        files.append(_write(folder, f'networks/{i:05}.onnx', model))
+        network = resize(copy.deepcopy(largest), space, widths) if grid else largest
+        model = export_bytes(network, images, order.precision, check=not grid)
+        files.append(_write(folder, f"networks/{name}{'-' * bool(name)}{i:05}.onnx", model))
     return None, files, why
 
 
 def _write(folder: Path, name: str, model: bytes) -> dict[str, str]:
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(model)
     return {'file': name, 'sha256': hashlib.sha256(model).hexdigest()}
 
 
-def _check(order: Order, out: Path, overwrite: bool) -> None:
+def check_order(order: Order, out: Path, overwrite: bool) -> None:
     """Refuses what would fail later."""
     for name in ('batch', 'img_size', 'num_classes', 'in_chans', 'width_divisor', 'max_files'):
         if (value := getattr(order, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if order.precision not in FILE_PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(FILE_PRECISIONS)}, not '{order.precision}'")
-    _check_images(order.batch, order.in_chans or 1, order.img_size or 1, order.img_size or 1)
+    check_images(order.batch, order.in_chans or 1, order.img_size or 1, order.img_size or 1)
     check_output(out, overwrite, order.model, '--out')
     if out.is_dir() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
         raise UsageError(f"--out '{out}' is not a bundle, and is not replaced: give another folder")
@@ -281,13 +316,14 @@ def check_packages(backend: str = 'onnxruntime') -> None:
             raise UsageError(f"a bundle needs {name}: pip install 'timm-width[onnx]'") from None
 
 
-def _check_images(batch: int, *size: int) -> None:
+def check_images(batch: int, *size: int) -> None:
+    """Raises UsageError for more images than may be run at once."""
     if batch * prod(size) > MAX_INPUT:
         raise UsageError(f"--batch {batch}: that many images of {'x'.join(map(str, size))} are too large: give fewer")
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` in the end, if nothing went wrong."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -14,16 +14,21 @@ from ..arguments import Parser
 from ..data import UsageError
 from ..grids import GRIDS
 from ..space import nearest
-from .build import BLOCK_SAMPLES, DRAWN, Device, build_block_model, build_latency_model
+from ..twins import has_twin
+from .block_bundle import BLOCK_SAMPLES, export_blocks
+from .block_fit import fit_blocks
+from .build import DRAWN, Device, build_block_model, build_latency_model
 from .bundle import Order, export_bundle
 from .fit import STATISTICS, Fit, fit_results, plot, space_of
 from .measure import BACKEND_NAMES, TORCH
 from .model import PRIOR, SMOOTHNESS
-from .runner.manifest import read_manifest
+from .runner.manifest import PARTS, read_manifest
 from .runner.results import scan_results
 from .sampling import LEAST_SAMPLES, networks_to_time
 
 __all__ = ['main']
+
+BLOCK_GRID = 'prunode'  # of GRIDS
 
 EXPORT = """Writes a folder that measures the latency of a network at many widths on another machine.
 
@@ -31,7 +36,7 @@ EXPORT = """Writes a folder that measures the latency of a network at many width
 
 Copy the folder there: `python bundle/run.py --backend tensorrt` needs Python 3.10, numpy, onnx and one of onnxruntime, tensorrt or
 the program trtexec, and nothing else; it can be stopped and goes on where it was. The weights are random: latency does not depend
-on them.
+on them. With --blocks, the bundle measures blocks alone: see `timm-width latency measure --help`.
 """
 
 
@@ -40,8 +45,12 @@ MEASURE = """Makes a latency model of a network on this machine: writes a bundle
     timm-width latency measure mobilenetv1_100 --grid aows --backend onnxruntime --img-size 128 --out model.json
 
 It measures 400 networks, twice as many, and so on, until the error on networks held out stops falling; stop it whenever you like,
-and the same command goes on. `search.py --latency-model model.json` takes the file. With --blocks, instead, each block is measured
-alone at each of its widths, and the rest of the network once.
+and the same command goes on. `search.py --latency-model model.json` takes the file.
+
+    timm-width latency measure prunet --blocks --knots 6 --backend onnxruntime --out blocks.json
+
+With --blocks, each block is measured alone at each of its widths, and a whole network once for the rest: what prunode needs. Of
+prunet, that is all blocks that a layer may be. --samples whole networks (default 20) say how well that adds up.
 """
 FIT = """Fits a latency model to the results of a bundle, and says how well it predicts networks held out.
 
@@ -55,13 +64,17 @@ def _parser(name: str, description: str) -> Parser:
     return Parser(prog=f'timm-width latency {name}', description=description, allow_abbrev=False)
 
 
-def _add_network(parser: Parser, samples: Optional[int], purpose: str) -> None:
+def _add_network(parser: Parser, purpose: str) -> None:
     """The flags that say which networks to measure."""
     add = parser.add_argument
     add('model', metavar='MODEL', help="a timm model, or 'local-dir:FOLDER'")
-    add('--grid', required=True, metavar='NAME', help='widths to measure: ratios as in 0.25,0.5,1 or ' + '; '.join(
+    add('--grid', metavar='NAME', help='widths to measure: ratios as in 0.25,0.5,1 or ' + '; '.join(
         f'{name} ({rule.help}, {rule.low:g} to {rule.high:g})' for name, rule in GRIDS.items()))
-    add('--samples', type=int, required=samples is None, default=samples, metavar='N', help=purpose)
+    add('--samples', type=int, metavar='N',
+        help=f'{purpose}; with --blocks, whole networks to validate on (default {BLOCK_SAMPLES})')
+    add('--blocks', nargs='*', metavar='PATTERN', help="measure blocks alone: the modules named, as in 'layer?.?', or by default "
+        'those that have hidden channels of their own or can be left out; of prunet, all that a layer may be')
+    add('--knots', type=int, metavar='N', help='widths of each block to measure, 2 or more, and lines between them (default: all)')
     add('--width-min', type=float, metavar='RATIO', help="least share of a base width (default: the grid's)")
     add('--width-max', type=float, metavar='RATIO', help="most of a base width (default: the grid's)")
     add('--width-divisor', type=int, metavar='N', help="step of the widths (default: the grid's, mostly 8)")
@@ -79,21 +92,34 @@ def _add_network(parser: Parser, samples: Optional[int], purpose: str) -> None:
 
 
 def _order(args: Namespace, precision: str) -> Order:
-    for name, least in ('samples', 1), ('seed', 0):
-        if getattr(args, name) < least:
-            raise UsageError(f'--{name} must be at least {least}, not {getattr(args, name)}')
-    return Order(args.model, args.grid, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se, args.img_size,
-                 args.batch, precision, args.num_classes, args.in_chans, args.model_kwargs, args.seed, args.max_files)
+    for name, least in ('samples', 1), ('seed', 0), ('knots', 2):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UsageError(f'--{name} must be at least {least}, not {value}')
+    if args.knots and args.blocks is None:
+        raise UsageError('--knots is for --blocks: whole networks are measured at all widths of the grid')
+    if args.blocks is not None and args.samples is None:
+        args.samples = BLOCK_SAMPLES
+    grid = args.grid or (None if args.blocks is None else '' if has_twin(args.model) else BLOCK_GRID)
+    if grid is None:
+        raise UsageError(f"--grid is missing: say which widths to measure: ratios as in 0.25,0.5,1 or {', '.join(GRIDS)}")
+    return Order(args.model, grid, args.width_min, args.width_max, args.width_divisor, args.fix, args.search_se, args.img_size,
+                 args.batch, precision, args.num_classes, args.in_chans, args.model_kwargs, args.seed, args.max_files, args.blocks,
+                 args.knots)
 
 
 def export(argv: Sequence[str]) -> None:
     """Writes a bundle, and prints what was written."""
     parser = _parser('export', EXPORT)
-    _add_network(parser, None, 'networks to measure')
+    _add_network(parser, 'networks to measure')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the bundle in DIR')
     args = parser.parse_args(argv)
     order = _order(args, 'fp16' if args.fp16 else 'fp32')
+    if args.blocks is not None:
+        print(export_blocks(order, Path(args.out), args.samples, args.overwrite))
+        return
+    if args.samples is None:
+        raise UsageError('--samples is missing: say how many networks to measure')
     draw = partial(networks_to_time, samples=args.samples, seed=args.seed)
     print(export_bundle(order, Path(args.out), draw, args.overwrite))
 
@@ -101,14 +127,12 @@ def export(argv: Sequence[str]) -> None:
 def measure(argv: Sequence[str]) -> None:
     """Writes a bundle, measures it here, fits, and prints how well the model predicts."""
     parser = _parser('measure', MEASURE)
-    _add_network(parser, DRAWN, f'most networks to measure, {LEAST_SAMPLES} or more; fewer are, if more would not help')
+    _add_network(parser, f'most networks to measure, {LEAST_SAMPLES} or more (default {DRAWN}); fewer are, if more would not help')
     add = parser.add_argument
     add('--backend', required=True, choices=BACKEND_NAMES, metavar='NAME',
         help=f"what runs the networks: {', '.join(BACKEND_NAMES)}")
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME', help='of torch')
     add('--threads', type=int, metavar='N', help='of a CPU (default: all)')
-    add('--blocks', nargs='*', metavar='PATTERN',
-        help="measure blocks alone: the modules named, as in 'layer?.?', or all residual blocks")
     add('--bundle', metavar='DIR', help='folder for the networks and their times (default: beside FILE)')
     _add_file(parser)
     args = parser.parse_args(argv)
@@ -116,11 +140,11 @@ def measure(argv: Sequence[str]) -> None:
     ours = args.backend in TORCH
     order = _order(args, 'fp16' if args.fp16 and not ours else 'fp32')
     device = Device(args.backend, 'fp16' if args.fp16 else 'fp32', args.threads, args.device if ours else None)
-    if args.blocks is not None:
-        _save(build_block_model(order, device, args.blocks, min(args.samples, BLOCK_SAMPLES)), out)
-        return
     folder = Path(args.bundle) if args.bundle else out.with_suffix('.bundle')
-    _save(build_latency_model(order, device, args.samples, folder), out)
+    if args.blocks is not None:
+        _save(build_block_model(order, device, folder, args.samples), out)
+        return
+    _save(build_latency_model(order, device, DRAWN if args.samples is None else args.samples, folder), out)
 
 
 def fit(argv: Sequence[str]) -> None:
@@ -140,6 +164,9 @@ def fit(argv: Sequence[str]) -> None:
     out, folder = _file(args), Path(args.bundle)
     manifest = read_manifest(folder)
     results = scan_results(Path(args.results) if args.results else folder / 'results.jsonl', manifest)
+    if manifest.data['format'] == PARTS:
+        _save(fit_blocks(manifest, results, space_of(manifest), args.statistic, steady=not args.as_timed), out)
+        return
     _save(fit_results(manifest, results, space_of(manifest), args.statistic, args.smoothness, args.prior,
                       steady=not args.as_timed), out)
 

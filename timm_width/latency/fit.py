@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any, Optional
 
 import numpy as np
+import torch
 from scipy.ndimage import median_filter
 
 from .. import __version__
@@ -14,13 +15,14 @@ from ..data import UsageError
 from ..engine import create
 from ..space import WidthSpace
 from ..trace import trace
+from ..twins import is_twin, trace_twin
 from .model import PRIOR, SMOOTHNESS, SUFFIX, LatencyModel, fit_unknowns, predict, space_fingerprint, validate
 from .runner.manifest import Manifest
 from .runner.results import Results
 from .sampling import LEAST_VALID
 from .terms import Unknowns
 
-__all__ = ['STATISTICS', 'Fit', 'fit_results', 'plot', 'space_of']
+__all__ = ['STATISTICS', 'Fit', 'check_statistic', 'fit_results', 'milliseconds', 'plot', 'space_of', 'speed_of']
 
 STATISTICS = ('median', 'minimum', 'p20')  # of a network's samples
 NEIGHBOURS = 5  # measurements of the first network, whose median counts
@@ -61,13 +63,22 @@ def space_of(manifest: Manifest) -> WidthSpace:
     wrong = [data['model'][:80]] if data['model'].partition(':')[0].lower() in ('hf-hub', 'hf_hub') else []
     if wrong := wrong + [key for key in data['model_args'] if key in NOT_ITS_OWN]:
         raise UsageError(f"'{manifest.folder}' asks for {', '.join(wrong)}: nothing is fetched or loaded for a bundle")
-    model = create(data['model'], data['num_classes'], **data['model_args'])
-    space = trace(model, data['input_size'])
+    if is_twin(data['model']):
+        with torch.device('meta'):
+            space = trace_twin(create(data['model'], data['num_classes'], **data['model_args']), data['input_size'])
+    else:
+        space = trace(create(data['model'], data['num_classes'], **data['model_args']), data['input_size'])
     if space.fingerprint != data['space']:
         versions = ', '.join(f'{name} {version}' for name, version in data.get('versions', {}).items())
         raise UsageError(f"'{manifest.folder}' was made of a {data['architecture']} that is built otherwise now (it was made with "
                          f'{versions or "other versions"}): export and measure again')
     return space
+
+
+def check_statistic(statistic: str) -> None:
+    """Raises UsageError for what is not in STATISTICS."""
+    if statistic not in STATISTICS:
+        raise UsageError(f"--statistic must be one of {', '.join(STATISTICS)}, not '{statistic}'")
 
 
 def fit_results(
@@ -96,13 +107,12 @@ def fit_results(
     Raises:
         UsageError: Too few networks were measured.
     """
-    if statistic not in STATISTICS:
-        raise UsageError(f"--statistic must be one of {', '.join(STATISTICS)}, not '{statistic}'")
+    check_statistic(statistic)
     for flag, value in ('--smoothness', smoothness), ('--prior', prior):
         if not 0 <= value < float('inf'):
             raise UsageError(f'{flag} must be at least 0, not {value:g}')
     train, valid, notes = _split(results.rows)
-    speed = _speed(results, statistic) if steady else None
+    speed = speed_of(results, statistic) if steady else None
     if speed is not None and (drift := np.ptp([speed(row) for row in results.rows])) > DRIFT:
         notes.append(f'the machine drifted by {drift:.0%} while it measured; timings are brought to its usual speed')
     for rows, least, what in (train, LEAST, 'to fit to'), (valid, LEAST_VALID, 'to validate on'):
@@ -111,11 +121,12 @@ def fit_results(
     unknowns = Unknowns(space, {name: tuple(widths) for name, widths in manifest.data['grid'].items()})
     start = perf_counter()
     widths = [manifest.configurations[row['index']].widths for row in train]
-    tables = unknowns.factors(fit_unknowns(unknowns, widths, [_ms(row, statistic, speed) for row in train], smoothness, prior))
+    ms = [milliseconds(row, statistic, speed) for row in train]
+    tables = unknowns.factors(fit_unknowns(unknowns, widths, ms, smoothness, prior))
     seconds = perf_counter() - start
     if unseen := int((unknowns.rows(widths).sum(0).A1 == 0).sum()):
         notes.append(f'{unseen} of {unknowns.count} unknowns occur in no network measured so far: they follow from the others')
-    measured = np.array([_ms(row, statistic, speed) for row in valid])
+    measured = np.array([milliseconds(row, statistic, speed) for row in valid])
     held = [manifest.configurations[row['index']].widths for row in valid]
     predicted = predict(tables, held)
     validation = validate(predicted, measured)
@@ -145,13 +156,13 @@ def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list, list, list[str]]:
     return found['train'], found['valid'], notes if disturbed else []
 
 
-def _ms(row: Mapping[str, Any], statistic: str, speed: Optional[Speed] = None) -> float:
+def milliseconds(row: Mapping[str, Any], statistic: str, speed: Optional[Speed] = None) -> float:
     """Milliseconds per image, at a speed of 1."""
     ms = row['batch_ms'] if statistic == 'median' else row['minimum'] if statistic == 'minimum' else row['percentiles']['20']
     return ms / row['batch'] / (1 if speed is None else speed(row))
 
 
-def _speed(results: Results, statistic: str) -> Optional[Speed]:
+def speed_of(results: Results, statistic: str) -> Optional[Speed]:
     """How long the machine took when a row was measured, as a multiple of what it usually took.
 
     By the first configuration: medians of neighbouring measurements of it, as these have noise of their own, and between them
@@ -161,7 +172,7 @@ def _speed(results: Results, statistic: str) -> Optional[Speed]:
     if len(found) < NEIGHBOURS:
         return None
     at = [row['position'] for row in found]
-    ms = median_filter(np.array([_ms(row, statistic) for row in found]), NEIGHBOURS, mode='nearest')
+    ms = median_filter(np.array([milliseconds(row, statistic) for row in found]), NEIGHBOURS, mode='nearest')
     return lambda row: float(np.interp(row['position'], at, ms / np.median(ms)))
 
 

@@ -36,6 +36,7 @@ UNIT = 'ms per image'
 SUFFIX = '_width'
 MAX_BYTES = 1 << 28  # of a file
 MAX_WIDTHS = 10_000  # of a group
+MAX_OWN = 2  # groups of a block
 TOLERABLE = 0.1  # NRMSE; a fit on a calm machine has half of it or less
 
 
@@ -155,6 +156,7 @@ class LatencyModel:
         tables: Tables over the grid of what was measured.
         validation: How well it predicts.
         about: How it was made; nothing reads it.
+        blocks: Module -> its part of the sum, where blocks were measured alone: these can be left out.
     """
     architecture: str
     input_size: tuple[int, ...]
@@ -165,6 +167,7 @@ class LatencyModel:
     tables: Factors
     validation: Validation
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    blocks: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
 
     def cost(self, space: WidthSpace) -> Tables:
         """The latency of the networks of a space.
@@ -185,7 +188,7 @@ class LatencyModel:
         if space_fingerprint(space) != self.space:
             raise LatencyError(f'the latency model is for a {name} that is built otherwise (another number of classes, say, or '
                                'another version of timm): export, measure and fit again')
-        return Tables(space, UNIT, self.tables)
+        return Tables(space, UNIT, self.tables, self.blocks)
 
     def save(self, path: Union[str, Path]) -> None:
         """Writes the file, beside and then over what is there."""
@@ -196,15 +199,13 @@ class LatencyModel:
 
     def to_json(self) -> dict[str, Any]:
         """What the file says."""
-        t = self.tables
-        return {
+        found = {
             'timm_width_latency_model': FORMAT, 'unit': UNIT, 'architecture': self.architecture,
             'input_size': list(self.input_size), 'space': self.space, 'batch': self.batch, 'precision': self.precision,
             'backend': dict(self.backend),
             'validation': dataclasses.asdict(self.validation), 'about': dict(self.about),
-            'grid': {name: list(widths) for name, widths in t.grid.items()}, 'constant': t.constant,
-            'unary': {name: _rounded(table) for name, table in t.unary.items()},
-            'pairwise': [[*pair, _rounded(table)] for pair, table in t.pairwise.items()]}
+            'grid': {name: list(widths) for name, widths in self.tables.grid.items()}, **_written(self.tables)}
+        return {**found, 'blocks': {name: _written(part) for name, part in self.blocks.items()}} if self.blocks else found
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> 'LatencyModel':
@@ -239,11 +240,12 @@ class LatencyModel:
                     widths) != sorted(set(widths)) or widths[0] < 1:
                 raise ValueError(f"the grid of '{name}' is not of ascending widths")
             grid[name] = tuple(widths)
-        pairwise = {(a, b): _numbers(t) for a, b, t in found['pairwise']}
-        if len(pairwise) < len(found['pairwise']):
-            raise ValueError('two tables for the same groups')
-        unary = {name: _numbers(t) for name, t in found['unary'].items()}
-        tables = Factors(grid, _numbers(found['constant']).item(), unary, pairwise)
+        tables, blocks = _factors(found, grid), {}
+        for name, part in found.get('blocks', {}).items():
+            own = {*part['unary'], *(g for a, b, _ in part['pairwise'] for g in (a, b))}
+            if set(part) != {'constant', 'unary', 'pairwise'} or not own <= set(grid) or len(own) > MAX_OWN:
+                raise ValueError(f"the tables of the block '{name[:80]}'")
+            blocks[name] = _factors(part, {g: widths for g, widths in grid.items() if g in own})
         batch = found['batch']
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f'batch {batch!r}')
@@ -256,12 +258,26 @@ class LatencyModel:
         validation = Validation(**found['validation'])
         _numbers(list(dataclasses.astuple(validation)))
         return cls(str(found['architecture']), size, str(found['space']), batch, str(found['precision']), dict(found['backend']),
-                   tables, validation, dict(found['about']))
+                   tables, validation, dict(found['about']), blocks)
 
     def __str__(self) -> str:
         where = ', '.join(str(self.backend[k]) for k in ('backend', 'device') if self.backend.get(k))
         return (f"{self.architecture} at {'x'.join(map(str, self.input_size))}, batch {self.batch}, {self.precision} ({where}): "
                 f'{self.validation}')
+
+
+def _written(tables: Factors) -> dict[str, Any]:
+    return {'constant': float(tables.constant), 'unary': {name: _rounded(table) for name, table in tables.unary.items()},
+            'pairwise': [[*pair, _rounded(table)] for pair, table in tables.pairwise.items()]}
+
+
+def _factors(found: Mapping[str, Any], grid: Grid) -> Factors:
+    """What `_written` wrote, over a grid."""
+    pairwise = {(a, b): _numbers(t) for a, b, t in found['pairwise']}
+    if len(pairwise) < len(found['pairwise']):
+        raise ValueError('two tables for the same groups')
+    unary = {name: _numbers(t) for name, t in found['unary'].items()}
+    return Factors(grid, _numbers(found['constant']).item(), unary, pairwise)
 
 
 def _rounded(table: np.ndarray) -> list:

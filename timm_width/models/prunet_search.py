@@ -170,6 +170,20 @@ class PrunetSearch(GPUNet):
             found.append(said)
         return {'layers': found, **self.said}
 
+    def base(self) -> dict[str, Optional[tuple[str, Optional[int]]]]:
+        """GPUNet-1 as `chosen` takes it, at the nearest hidden widths that there are."""
+        found: dict[str, Optional[tuple[str, Optional[int]]]] = dict.fromkeys(self.offers)
+        counts = [0] * len(self.space.stages)
+        for said in base_layers(self.space):
+            stage = said['stage'] - 1
+            layer = f'blocks.{stage}.{counts[stage]}'
+            counts[stage] += 1
+            wanted = said['kernel'], said.get('se', False), said.get('act', next(iter(self.space.stages[stage].kernels)))
+            fits = [name for name, b in self.offers[layer].items() if (b.kernel, b.se, b.act) == wanted]
+            found[layer] = min(((name, width) for name in fits for width in self.hidden_widths(layer, name) or [None]),
+                               key=lambda choice: abs((choice[1] or 0) - said.get('hidden', 0)))
+        return found
+
     def _after_stem(self, input_size: Optional[Sequence[int]]) -> tuple[int, ...]:
         size = input_size or self.pretrained_cfg['input_size']
         return Block('conv', size[0], self.space.stem, 2, 3).output_size(size[1:])

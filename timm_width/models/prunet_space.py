@@ -301,6 +301,7 @@ def _read_stage(given: Any, where: str, faults: list[str]) -> Optional[Stage]:
     before, of = len(faults), _Reader(given, where, faults)
     if len(faults) > before:
         return None
+    se = tuple(of.take('se', 'a list of false and true', lambda v: is_list(v, 2, lambda s: isinstance(s, bool)), (False, True)))
     said = dict(
         type=of.take('type', f"one of {', '.join(TYPES)}", lambda v: isinstance(v, str) and v in TYPES),
         filters=of.whole('filters', MAX_CHANNELS, unit=DIVISOR),
@@ -309,12 +310,12 @@ def _read_stage(given: Any, where: str, faults: list[str]) -> Optional[Stage]:
         kernels=of.take(
             'kernels', f"a dict of activation ({', '.join(ACTIVATIONS)}) -> odd kernel sizes up to {MAX_KERNEL}",
             lambda v: isinstance(v, Mapping) and v and all(a in ACTIVATIONS and is_list(k, 6, is_kernel) for a, k in v.items())),
-        se=tuple(of.take('se', 'a list of false and true', lambda v: is_list(v, 2, lambda s: isinstance(s, bool)), (False, True))),
+        se=se,
         base_depth=of.take('base_depth', 'a whole number from 1 to depth',
                            lambda v: is_whole(v, 1, MAX_DEPTH) and is_whole(of.given.get('depth'), v, MAX_DEPTH), 1),
         base_expansion=of.take('base_expansion', f'a number above 0, up to {MAX_EXPANSION}',
                                lambda v: is_number(v, MAX_EXPANSION), 4),
-        base_se=of.take('base_se', 'false or true', lambda v: isinstance(v, bool), False))
+        base_se=of.take('base_se', 'one of se', lambda v: isinstance(v, bool) and v in se, False not in se))
     of.done()
     if len(faults) > before:
         return None
