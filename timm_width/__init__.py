@@ -14,8 +14,8 @@ from .trace import TraceError, trace
 __version__ = '0.1.0'
 __all__ = [
     'Budget', 'BudgetError', 'ConfigError', 'Cost', 'Group', 'Macs', 'Params', 'Spec', 'Supernet', 'TraceError', 'WidthError',
-    'WidthSpace', 'is_supported', 'list_configs', 'load_spec', 'push_to_hub', 'recalibrate', 'register', 'resize', 'save', 'supported',
-    'trace', 'widths_from',
+    'WidthSpace', 'is_supported', 'list_configs', 'load_spec', 'push_to_hub', 'recalibrate', 'register', 'resize', 'save',
+    'supported', 'trace', 'widths_from',
 ]
 
 
