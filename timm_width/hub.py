@@ -28,7 +28,7 @@ from torch import nn
 from . import __version__
 from .arguments import Parser
 from .card import render_card
-from .config import SUFFIX, load_spec, read_config, save
+from .config import SUFFIX, load_spec, networks_in, read_config, save
 from .data import UsageError, first_line
 from .engine import create
 from .plots import plot_ratios
@@ -331,12 +331,11 @@ def folders_of(args: Namespace) -> dict[str, Path]:
 
     Raises:
         UsageError: There is no model, or there are several and no collection for them.
+        ConfigError: One of them cannot be read.
     """
-    found = sorted(path.parent for pattern in ('*/config.json', '*/*/config.json') for path in args.folder.glob(pattern))
-    if (args.folder / 'config.json').is_file():
-        found.insert(0, args.folder)
-        if not args.collection:
-            return {args.repo: args.folder}
+    if (args.folder / 'config.json').is_file() and not args.collection:
+        return {args.repo: args.folder}
+    found = list(networks_in(args.folder))
     if not found:
         raise UsageError(f"'{args.folder}' is not a folder with a config.json")
     names = ['-'.join(folder.relative_to(args.folder).parts) for folder in found]
