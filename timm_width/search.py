@@ -24,7 +24,7 @@ import torch
 from . import policies, search_flags
 from .arguments import write_args
 from .budget import Budget
-from .choosing import Answer, choose, choose_sweep, folder_name
+from .choosing import Answer, choose, choose_sweep, folder_name, point_text, sweep_points
 from .comparison import Entry, budget_folder, save_found, times, train_all
 from .config import SUFFIX, UNSUFFIXED, load_spec
 from .cost import Macs
@@ -72,6 +72,8 @@ def search(
     problems = set_budgets(plain, target)
     problem, output = problems[names[0]], Path(args.output)
     _check_open(args, names, found, problem.budgets)
+    for point in sweep_points(parse_sweep(args.sweep)):
+        dataclasses.replace(options[names[0]], **point)  # refuses values that are wrong
     learning = learning_problem(problem)
     measuring = needs_measuring(args)
     if measuring:
@@ -114,6 +116,9 @@ def _check_open(
         raise UsageError(f"--sweep {' '.join(args.sweep)}: {', '.join(names)} cannot share the beginning of a training")
     if unknown := [name for name in sweep if name not in policy.sweeps]:
         raise UsageError(f"--sweep: {names[0]} sweeps {', '.join(policy.sweeps)}, not '{unknown[0]}'")
+    if late := [name for name in [*sweep][1:] if name in policy.incomparable]:
+        raise UsageError(f'--sweep: {late[0]} decides what a search loss is, and of all options but the first those values win '
+                         f'that have the least: write {late[0]}=... first, and no other such option beside it')
     if sweep and (len(budgets) > 1 or math.isfinite(budgets[0].limit)):
         raise UsageError('--sweep finds a network for each value: give one --budget without a limit, as in --budget '
                          f"{budgets[0].text.partition('=')[0]}")
@@ -131,38 +136,38 @@ def _run(
     """The search, once it has a folder to write to."""
     output = Path(args.output)
     chosen = {name: _choose(args, problems[name], learning, name, found[name], options[name]) for name in names}
-    budgets = [budget for budget, _, _ in chosen[names[0]]]
+    budgets = [c.budget for c in chosen[names[0]]]
     baselines = {}
     for name in dict.fromkeys(map(policies.label, args.baselines)):
         if name in names and len(names) == 1:
             baselines[name] = chosen[name]
         elif name != BASE and name not in names:
-            problem = problems[name]
-            problem = dataclasses.replace(problem, budgets=tuple(b.of(problem.space, problem.latency) for b in budgets))
-            baselines[name] = _choose(args, problem, learning, name, found[name], options[name])
+            within = _within(args, problems[name], name, budgets)
+            baselines[name] = _choose(args, within, learning, name, found[name], options[name])
     entries = []
     if BASE in args.baselines:
         entries.append(Entry(BASE, Choice({}), problems.get(BASE, problems[names[0]])))
     for i, budget in enumerate(budgets):
-        entries += [Entry(name, found[i][1].choice, problems[name], budget) for name, found in baselines.items()]
+        entries += [Entry(name, c.answer.choice, problems[name], budget) for name, answers in baselines.items()
+                    for c in answers if c.budget.text == budget.text]
         for name in names:
             folder = budget_folder(output / name if len(names) > 1 else output, [b.text for b in budgets], budget.text)
-            entries.append(Entry(name if len(names) > 1 else 'found', chosen[name][i][1].choice, problems[name], budget, folder))
+            choice = chosen[name][i].answer.choice
+            entries.append(Entry(name if len(names) > 1 else 'found', choice, problems[name], budget, folder))
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **e.problem.costs(e.choice)} for e in entries]
     for row, (ms, spread) in zip(rows, times(entries, target, args)):
         row['latency_ms'], row['latency_spread'] = ms, spread
-    told = {(name, budget.text): (answer, loss) for name in names for budget, answer, loss in chosen[name]}
+    told = {(name, c.budget.text): c for name in names for c in chosen[name]}
     for i, e in enumerate(entries):
         if e.folder is None:
             continue
         name = names[0] if e.name == 'found' else e.name
-        answer, loss = told[name, e.budget.text]
-        rule = args.grid or found[name].default_grid
-        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, rule, options[name], rows[i], target, answer))
-        if not math.isnan(loss):
+        c, rule = told[name, e.budget.text], args.grid or found[name].default_grid
+        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, rule, c.options, rows[i], target, c.answer))
+        if not math.isnan(c.search_loss):
             for row in rows:
                 row.setdefault('search_loss', '')
-            rows[i]['search_loss'] = round(loss, 4)
+            rows[i]['search_loss'] = round(c.search_loss, 4)
     if is_primary(args):
         save_found(entries, args)
     if args.epochs:
@@ -172,6 +177,25 @@ def _run(
     return rows, entries
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """What a policy chose for a budget; whose limit, if there was none, is the network's cost."""
+    budget: Budget
+    answer: Answer
+    options: Any
+    search_loss: float
+
+
+def _within(args: Namespace, problem: Problem, name: str, budgets: Sequence[Budget]) -> Problem:
+    """A baseline's problem, with those of the budgets that it can meet: what a policy found may be smaller than all it has."""
+    own = [b.of(problem.space, problem.latency) for b in budgets]
+    smallest = {group: widths[0] for group, widths in problem.grid.items()}
+    for budget in own:
+        if not budget.met(smallest):
+            say(args, f'{name}: no network is as small as {budget}')
+    return dataclasses.replace(problem, budgets=tuple(b for b in own if b.met(smallest)))
+
+
 def _choose(
         args: Namespace,
         problem: Problem,
@@ -179,8 +203,10 @@ def _choose(
         name: str,
         policy: type[policies.Policy],
         options: Any,
-) -> list[tuple[Budget, Answer, float]]:
-    """What a policy chooses: for each budget (whose limit, if it has none, is the network's cost) a network, its search loss."""
+) -> list[_Chosen]:
+    """What a policy chooses for each budget of the problem; of a sweep, for each value of its first option."""
+    if not problem.budgets:
+        return []
     if problem.twin != learning.twin:
         learning = learning_problem(problem)
     learning = dataclasses.replace(learning, grid=problem.grid, budgets=problem.budgets, latency=problem.latency)
@@ -188,17 +214,17 @@ def _choose(
     def make(point: Mapping[str, float]) -> policies.Policy:
         return policy(problem.space, problem.budgets, problem.grid, dataclasses.replace(options, **point), args.seed)
 
-    def closed(budget: Budget, answer: Answer, point: str = '') -> Budget:
-        if math.isfinite(budget.limit):
-            return budget
-        return Budget(budget.cost, budget.cost(*answer.choice), f'{budget.text} {point}'.strip())
+    def chosen(budget: Budget, answer: Answer, search_loss: float, point: Mapping[str, float] = {}) -> _Chosen:
+        if math.isinf(budget.limit):
+            budget = Budget(budget.cost, budget.cost(*answer.choice), f'{budget.text} {point_text(point)}'.strip())
+        return _Chosen(budget, answer, dataclasses.replace(options, **point), search_loss)
 
     if (sweep := parse_sweep(args.sweep)) and policy.sweeps:
-        found = choose_sweep(learning, name, make, sweep)
-        return [(closed(problem.budgets[0], answer, point), answer, loss) for point, answer, loss in found]
+        [budget] = problem.budgets
+        return [chosen(budget, answer, loss, point) for point, answer, loss in choose_sweep(learning, name, make, sweep)]
     one = make({})
-    return [(closed(budget, answer), answer, one.search_loss) for budget, answer in zip(
-        problem.budgets, choose(learning, name, one), strict=True)]
+    found = choose(learning, name, one)
+    return [chosen(budget, answer, one.search_loss) for budget, answer in zip(problem.budgets, found, strict=True)]
 
 
 def _prepare_output(args: Namespace, output: Path) -> None:
