@@ -83,7 +83,7 @@ def _owner(space: WidthSpace, name: str, modules: Mapping[str, nn.Module]) -> st
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
-    while isinstance(m := modules['.'.join(shared)], CONTAINERS) and type(m).forward in FORWARDS:
+    while shared and isinstance(m := modules['.'.join(shared)], CONTAINERS) and type(m).forward in FORWARDS:
         shared.pop()
     return '.'.join(shared)
 

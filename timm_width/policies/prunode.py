@@ -185,9 +185,12 @@ class Prunode(Policy):
             step.backward(step.loss(step.forward()))
             return
         cost = self._sample(step)  # eq. 5
-        loss = step.loss(step.forward()) + self._penalty(cost).to(step.images.device)  # eq. 2
-        gradient, = torch.autograd.grad(loss * LOSS_SCALE, [self.theta])
-        found = torch.cat([gradient / LOSS_SCALE, loss.detach().float().cpu()[None]])
+        with torch.set_grad_enabled(cost.requires_grad):  # it does not where all is decided
+            loss = step.loss(step.forward()) + penalty(cost, self.options.alpha, self.options.beta).to(step.images.device)  # eq. 2
+        gradient = torch.zeros_like(self.theta)
+        if cost.requires_grad:
+            gradient = torch.autograd.grad(loss * LOSS_SCALE, self.theta)[0] / LOSS_SCALE
+        found = torch.cat([gradient, loss.detach().float().cpu()[None]])
         found = step.gather(found.to(loss.device)[None]).mean(0).cpu()  # of all processes
         self.loss_sum, self.loss_count = self.loss_sum + found[-1].item(), self.loss_count + 1
         self.pending.append(found[:-1])
@@ -229,10 +232,6 @@ class Prunode(Policy):
                 total = total + weight * (levels[0] if len(levels) == 1 else (1 - share) * levels[0] + share * levels[1])
                 prunode.shares = torch.stack([1 - on_device[masks[i]], on_device[masks[i]]])
         return total
-
-    def _penalty(self, cost: torch.Tensor) -> torch.Tensor:
-        """alpha ln(LAT)^beta."""
-        return self.options.alpha * cost.log().clamp(min=MIN_LOG_COST) ** self.options.beta
 
     def _move_masks(self, progress: float) -> None:
         weights = self.theta.detach().tolist()
@@ -347,6 +346,11 @@ class Prunode(Policy):
     def _costs_digest(self) -> str:
         numbers = [self.rest, *(c for layer in self.costs for levels in layer for c in levels)]
         return hashlib.sha256(' '.join(f'{c:.6g}' for c in numbers).encode()).hexdigest()[:16]
+
+
+def penalty(cost: torch.Tensor, alpha: float, beta: float = 0.6) -> torch.Tensor:
+    """What eq. 2 adds to the cross-entropy: alpha ln(LAT)^beta, of a latency in microseconds."""
+    return alpha * cost.log().clamp(min=MIN_LOG_COST) ** beta
 
 
 def threshold(epoch: float, warmup: int, epochs: int, initial: float = 0.15, final: float = 0.55) -> float:
