@@ -23,7 +23,7 @@ from .meter import Meter
 from .policies.base import Choice, Grid
 from .problem import Problem
 
-__all__ = ['Answer', 'after_epoch', 'check_begun', 'choose', 'choose_sweep', 'folder_name']
+__all__ = ['Answer', 'after_epoch', 'check_begun', 'choose', 'choose_sweep', 'folder_name', 'point_text', 'sweep_points']
 
 
 PROGRESS = '{desc}: {n_fmt} of up to {total_fmt} scores, {elapsed} so far, up to {remaining} left{postfix}\n'
@@ -98,7 +98,7 @@ def choose_sweep(
         name: str,
         make: Callable[[Mapping[str, float]], policies.Policy],
         sweep: Mapping[str, Sequence[float]],
-) -> list[tuple[str, Answer, float]]:
+) -> list[tuple[Mapping[str, float], Answer, float]]:
     """Lets a policy learn and choose with several values of its options, all from one shared beginning.
 
     Args:
@@ -109,20 +109,19 @@ def choose_sweep(
             best search loss.
 
     Returns:
-        Of each value of the first option: the values that were the best, as in 'alpha=0.2', the network, and its search loss.
+        Of each value of the first option: the values of all options that were the best, the network, and its search loss.
     """
     args, state = problem.args, Path(problem.args.output) / 'search'
-    points = [dict(zip(sweep, values)) for values in product(*sweep.values())]
+    points = sweep_points(sweep)
     beginning = state / f'{name}.shared.pth.tar'
     first = make(points[0])
     stop, shared = first.shared_epochs(args.search_epochs), 0
     if stop:
         _, shared = _train(problem, name, first, problem.training_batches(first.architecture_share), beginning, stop)
-    found: dict[float, tuple[str, Answer, float]] = {}
+    found: dict[float, tuple[Mapping[str, float], Answer, float]] = {}
     macs: dict[float, int] = {}  # of all that was tried for a value, behind the beginning
     for point in points:
-        text = ' '.join(f'{option}={value:g}' for option, value in point.items())
-        label, policy = f'{name}.{folder_name(text)}', make(point)
+        label, policy = f'{name}.{folder_name(point_text(point))}', make(point)
         checkpoint = state / f'{label}.pth.tar'
         if stop and is_primary(args) and not checkpoint.is_file():
             shutil.copyfile(beginning, beside := checkpoint.with_name(f'.{checkpoint.name}.saving'))
@@ -132,8 +131,18 @@ def choose_sweep(
         value = next(iter(point.values()))
         macs[value] = macs.get(value, 0) + answer.macs - shared
         if value not in found or policy.search_loss < found[value][2]:
-            found[value] = text, answer, policy.search_loss
-    return [(text, dataclasses.replace(answer, macs=shared + macs[value]), loss) for value, (text, answer, loss) in found.items()]
+            found[value] = point, answer, policy.search_loss
+    return [(point, dataclasses.replace(answer, macs=shared + macs[value]), loss) for value, (point, answer, loss) in found.items()]
+
+
+def sweep_points(sweep: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """All combinations of the values of options."""
+    return [dict(zip(sweep, values)) for values in product(*sweep.values())]
+
+
+def point_text(point: Mapping[str, float]) -> str:
+    """What a combination of values is called: 'alpha=0.2 lam=0.4'."""
+    return ' '.join(f'{option}={value:g}' for option, value in point.items())
 
 
 def _train(

@@ -8,9 +8,10 @@
 In a file that pytest collects, this runs all of it on a small network and random images, and on a planted problem whose best
 answer is known. Each test states one law; override a class attribute to adapt it, and no test.
 """
+import math
 import numbers
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -21,6 +22,7 @@ from torch import nn
 from .arguments import Parser, add_arguments
 from .budget import Budget
 from .cost import Macs, Params, Polynomial
+from .data import TwoParts
 from .engine import Training, batch_statistics
 from .policies.base import Choice, Policy, Score, fill_budget
 from .space import WidthSpace
@@ -114,6 +116,7 @@ class PolicyConformance:
 
     Attributes:
         policy: The class under test.
+        network: What builds the small network, from a number of blocks.
         options: What its Options are given.
         epochs: Length of the trainings.
         regret: Points of accuracy that its answer to the planted problem may be below the best; None for a policy that asks for
@@ -123,6 +126,7 @@ class PolicyConformance:
     """
 
     policy: type[Policy] = Policy
+    network: Callable[..., nn.Module] = _Net
     options: Mapping[str, Any] = {}
     epochs: int = 2
     regret: Optional[float] = 3.0
@@ -130,9 +134,9 @@ class PolicyConformance:
 
     # -- what the tests work with ------------------------------------------------------------------------------
 
-    @staticmethod
-    def space(blocks: int = 1) -> WidthSpace:
-        return trace(_Net(blocks), (3, 16, 16))
+    @classmethod
+    def space(cls, blocks: int = 1) -> WidthSpace:
+        return trace(cls.network(blocks), (3, 16, 16))
 
     @staticmethod
     def grid(space: WidthSpace) -> dict[str, tuple[int, ...]]:
@@ -155,8 +159,10 @@ class PolicyConformance:
 
     def training(self, policy: Policy) -> Training:
         torch.manual_seed(0)
-        model = _Net()
-        batches = torch.utils.data.DataLoader(self.images(), batch_size=None)
+        model, images = self.network(), self.images()
+        aside = math.ceil(policy.architecture_share * len(images))
+        parts = [torch.utils.data.DataLoader(part, batch_size=None) for part in (images[aside:], images[:aside]) if part]
+        batches = TwoParts(*parts) if aside else parts[0]
         return Training(policy.prepare(model, trace(model, (3, 16, 16))), batches, self.arguments(), self.epochs,
                         train_step=policy.train_step, parameters=list(policy.parameters()))
 
@@ -191,7 +197,7 @@ class PolicyConformance:
         for choice, budget in zip(found, budgets):
             widths, skips = choice
             space.check(widths, skips)
-            assert budget.met(widths, skips) and all(widths[g] in grid[g] for g in grid)
+            assert budget.met(widths, skips) and all(widths[g] in grid[g] for g in grid if g in widths or not skips)
             for g, kept in getattr(choice, 'channels', {}).items():
                 steps = list(kept)
                 assert len(steps) * space[g].unit == widths[g] and steps == sorted({*steps})

@@ -330,6 +330,11 @@ class TwoParts:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Numbers of batches after which a part is over."""
+        return len(self.parts[0]), len(self)
+
     def __iter__(self) -> Iterator[Any]:
         for i, part in enumerate(self.parts):
             for batch in part:

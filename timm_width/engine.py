@@ -179,9 +179,9 @@ def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 class Step:
     """One batch (see `policies.base.Step`): what a train_step works with."""
 
-    def __init__(self, training: 'Loop', images: Any, targets: torch.Tensor):
+    def __init__(self, training: 'Loop', images: Any, targets: torch.Tensor, last: bool = True):
         self._training = training
-        self.images, self.targets = images, targets
+        self.images, self.targets, self.last = images, targets, last
         self.epoch, self.update, self._batch = training.epoch, training.updates, training.batch
         self.epochs, self.for_architecture = training.epochs, getattr(training.batches, 'second', False)
         self.first_loss: Optional[torch.Tensor] = None
@@ -272,9 +272,14 @@ class Loop:
         self.args, self.batches, self.network, self.train_step, self.title = args, batches, network, train_step, title
         self.seed = args.seed if seed is None else seed
         self.scaler = Scaler(args)
-        self.updates_per_epoch = -(-len(batches) // args.grad_accum_steps)
+        self.updates_per_epoch = sum(-(-(b - a) // args.grad_accum_steps) for a, b in zip((0, *self.ends), self.ends))
         self.epoch = self.updates = self.batch = 0
         self._share = 1.  # of an update that one batch is
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Numbers of batches after which an update ends, whatever --grad-accum-steps says."""
+        return getattr(self.batches, 'ends', (len(self.batches),))
 
     @property
     def total_updates(self) -> int:
@@ -300,16 +305,18 @@ class Loop:
         for part in (self.batches.sampler, getattr(self.batches, 'batch_sampler', None), self.batches.dataset):
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(self.epoch)
-        losses, sizes, lr, count = [], [], 0., len(self.batches)
+        losses, sizes, lr, ends = [], [], 0., self.ends
         for i, batch in enumerate(self.batches):
             images, targets = self.prepare(*batch)
-            self.batch = i % self.args.grad_accum_steps
-            last = self.batch == self.args.grad_accum_steps - 1 or i == count - 1
+            start = max((end for end in ends if end <= i), default=0)
+            left = next((end for end in ends if end > i), i + 1) - i  # some loaders give more than they say
+            self.batch = (i - start) % self.args.grad_accum_steps
+            last = self.batch == self.args.grad_accum_steps - 1 or left == 1
             if self.batch == 0:
                 self.optimizer.zero_grad()
-                self._share = 1 / max(min(self.args.grad_accum_steps, count - i), 1)  # some loaders give more than they say
+                self._share = 1 / min(self.args.grad_accum_steps, left)
             share, self._share = self._share, self.share(self._share, targets)
-            step = Step(self, images, targets)
+            step = Step(self, images, targets, last)
             with nullcontext() if last else self.no_sync():
                 self.train_step(step)
             self._share = share
@@ -484,8 +491,9 @@ class Training(Loop):
         left = set(map(id, self.parameters))
         for group in self.optimizer.param_groups:
             group['params'] = [p for p in group['params'] if id(p) in left]
-        for p in [p for p in self.optimizer.state if id(p) not in left]:
-            del self.optimizer.state[p]
+        for optimizer in (self.optimizer, getattr(self.optimizer, '_base_optimizer', None)):  # of Lookahead
+            for p in [p for p in getattr(optimizer, 'state', ()) if id(p) not in left]:
+                del optimizer.state[p]
 
     def call(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         run = self.network if self.meter is None else partial(self.meter, self.network)

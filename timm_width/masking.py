@@ -40,7 +40,7 @@ class Masks:
         """Whether the masks are next to one another: they move no more, and the weight decides between them."""
         return (self.l - self.s) * self.levels <= 1
 
-    def step(self, weight: float, progress: float) -> float:
+    def step(self, weight: float, progress: float, rate: float = 1.) -> float:
         """The procedure update_masks, after each step of the architecture weight.
 
         The printed algorithm leaves the body of `else` empty; its comment asks that s not be negative. There the weight is not
@@ -50,13 +50,14 @@ class Masks:
         Args:
             weight: The architecture weight of the large mask less that of the small one.
             progress: Share of the architecture's training that is done.
+            rate: Factor of the steps that the masks make.
 
         Returns:
             What the weight is to be set to.
         """
         if self.converged:
             return weight
-        self.update = self.update * MOMENTUM + weight
+        self.update = self.update * MOMENTUM + rate * weight
         distance = MAX_DISTANCE * (1 - progress) ** 2
         self.s += self.update
         reset = self.s > 0

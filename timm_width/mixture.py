@@ -3,14 +3,16 @@
 A `Mixture` takes the place of a layer of the model. It adds up the outputs of its candidates by their weights; each is a `Prunode`,
 which runs one block with a small and a large mask. Who trains them sets the weights before each pass and the masks after each step.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from .factors import Grid
+from .ledger import meta_copy
 from .masking import Masks
 from .space import WidthSpace
 from .supernet import Supernet
@@ -18,6 +20,7 @@ from .supernet import Supernet
 __all__ = ['Layer', 'Mixture', 'Prunode', 'build_layers', 'find_layers']
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+FORWARDS = {c.forward for c in CONTAINERS}  # of those that are nothing but containers
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def find_layers(model: nn.Module, space: WidthSpace, names: Sequence[str]) -> li
     """The layers of a model: those that have `candidates`, and the blocks that have groups of their own or can be left out.
 
     A group is a block's own, if all layers that it governs are in it. A block is the innermost module of which that is true, but
-    for containers; of blocks within blocks the outermost.
+    for containers; of blocks within blocks the outermost. Blocks that give anything but one tensor are left out.
 
     Args:
         model: The model.
@@ -50,10 +53,10 @@ def find_layers(model: nn.Module, space: WidthSpace, names: Sequence[str]) -> li
     modules = dict(model.named_modules())
     mixed = [path for path, m in modules.items() if isinstance(getattr(m, 'candidates', None), CONTAINERS)]
     blocks: dict[str, list[str]] = {f'{path}.candidates.{n}': [] for path in mixed for n in modules[path].candidates._modules}
-    owners = {name: _owner(space, name) for name in names}
+    owners = {name: _owner(space, name, modules) for name in names}
     removable = [b.name for b in space.blocks]
-    for path in sorted({*owners.values(), *removable}, key=lambda p: p.count('.')):
-        if path and not isinstance(modules[path], CONTAINERS) and not any(_inside(path, outer) for outer in blocks):
+    for path in sorted(_giving_one(model, space, {*owners.values(), *removable} - {''}), key=lambda p: p.count('.')):
+        if not any(_inside(path, outer) for outer in blocks):
             blocks.setdefault(path, [])
     for name, path in owners.items():
         if (block := next((b for b in blocks if path == b or _inside(path, b)), None)) is not None:
@@ -70,8 +73,8 @@ def _inside(path: str, outer: str) -> bool:
     return path.startswith(f'{outer}.')
 
 
-def _owner(space: WidthSpace, name: str) -> str:
-    """The innermost module that holds all tensors of a group."""
+def _owner(space: WidthSpace, name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The innermost module, but for containers, that holds all tensors of a group."""
     index = space.index[name]
     owners = [tensor.split('.')[:-1] for tensor, t in space.tensors.items() if any(
         a is not None and any(g == index for g, _ in a) for a in t.axes)]
@@ -80,7 +83,23 @@ def _owner(space: WidthSpace, name: str) -> str:
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
+    while shared and isinstance(m := modules['.'.join(shared)], CONTAINERS) and type(m).forward in FORWARDS:
+        shared.pop()
     return '.'.join(shared)
+
+
+@torch.no_grad()
+def _giving_one(model: nn.Module, space: WidthSpace, paths: Collection[str]) -> list[str]:
+    """The modules of a model that give one tensor."""
+    tried, one = meta_copy(model).eval(), dict.fromkeys(paths, True)
+
+    def look(path: str, module: nn.Module, given: tuple, out: Any) -> None:
+        one[path] &= isinstance(out, torch.Tensor)
+
+    for path in paths:
+        tried.get_submodule(path).register_forward_hook(partial(look, path))
+    tried(torch.zeros(1, *space.input_size, device='meta'))
+    return [path for path in paths if one[path]]
 
 
 class Prunode(nn.Module):

@@ -200,7 +200,8 @@ def make_problem(
             high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
     views = View(splits.train), View(splits.validation)
-    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy], of_blocks=policy in of_blocks)
+    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy],
+                             of_blocks=policy in of_blocks)
              for policy, grid in grids.items()}
     if has_twin(args.model) and any(policy in of_blocks for policy in found):
         for flag in ('grid', 'width_divisor', 'width_min', 'width_max', 'supernet_macs', 'fix'):

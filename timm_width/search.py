@@ -24,7 +24,7 @@ import torch
 from . import policies, search_flags
 from .arguments import write_args
 from .budget import Budget
-from .choosing import Answer, check_begun, choose, choose_sweep, folder_name
+from .choosing import Answer, check_begun, choose, choose_sweep, folder_name, point_text, sweep_points
 from .comparison import Entry, budget_folder, save_found, times, train_all
 from .config import SUFFIX, UNSUFFIXED, load_spec
 from .cost import Macs
@@ -76,6 +76,8 @@ def search(
     problems = set_budgets(plain, target)
     problem, output = problems[names[0]], Path(args.output)
     _check_open(args, names, found, problem.budgets)
+    for point in sweep_points(parse_sweep(args.sweep)):
+        dataclasses.replace(options[names[0]], **point)  # refuses values that are wrong
     projections = project_problems(problems, rules) if is_projected(args) else {}
     learning = learning_problem(projections[names[0]].part if projections else problem)
     measuring = needs_measuring(args)
@@ -123,6 +125,9 @@ def _check_open(
         raise UsageError(f"--sweep {' '.join(args.sweep)}: {', '.join(names)} cannot share the beginning of a training")
     if unknown := [name for name in sweep if name not in policy.sweeps]:
         raise UsageError(f"--sweep: {names[0]} sweeps {', '.join(policy.sweeps)}, not '{unknown[0]}'")
+    if late := [name for name in [*sweep][1:] if name in policy.incomparable]:
+        raise UsageError(f'--sweep: {late[0]} decides what a search loss is, and of all options but the first those values win '
+                         f'that have the least: write {late[0]}=... first, and no other such option beside it')
     if sweep and (len(budgets) > 1 or math.isfinite(budgets[0].limit)):
         raise UsageError('--sweep finds a network for each value: give one --budget without a limit, as in --budget '
                          f"{budgets[0].text.partition('=')[0]}")
@@ -141,43 +146,42 @@ def _run(
     """The search, once it has a folder to write to."""
     output = Path(args.output)
 
-    def choose(problem: Problem, name: str) -> list[tuple[Budget, Answer, float]]:
+    def choose(problem: Problem, name: str) -> list[_Chosen]:
         return _choose(args, problem, projections.get(name), learning, name, found[name], options[name])
 
     chosen = {name: choose(problems[name], name) for name in names}
-    budgets = [budget for budget, _, _ in chosen[names[0]]]
+    budgets = [c.budget for c in chosen[names[0]]]
     baselines = {}
     for name in dict.fromkeys(map(policies.label, args.baselines)):
         if name in names and len(names) == 1:
             baselines[name] = chosen[name]
         elif name != BASE and name not in names:
-            problem = problems[name]
-            problem = dataclasses.replace(problem, budgets=tuple(b.of(problem.space, problem.latency) for b in budgets))
-            baselines[name] = choose(problem, name)
+            baselines[name] = choose(_within(args, problems[name], name, budgets), name)
     entries = []
     if BASE in args.baselines:
         entries.append(Entry(BASE, Choice({}), problems.get(BASE, problems[names[0]])))
     for i, budget in enumerate(budgets):
-        entries += [Entry(name, found[i][1].choice, problems[name], budget) for name, found in baselines.items()]
+        entries += [Entry(name, c.answer.choice, problems[name], budget) for name, answers in baselines.items()
+                    for c in answers if c.budget.text == budget.text]
         for name in names:
             folder = budget_folder(output / name if len(names) > 1 else output, [b.text for b in budgets], budget.text)
-            entries.append(Entry(name if len(names) > 1 else 'found', chosen[name][i][1].choice, problems[name], budget, folder))
+            choice = chosen[name][i].answer.choice
+            entries.append(Entry(name if len(names) > 1 else 'found', choice, problems[name], budget, folder))
     rows = [{'network': e.name, 'budget': e.budget.text if e.budget else '', **e.problem.costs(e.choice)} for e in entries]
     for row, (ms, spread) in zip(rows, times(entries, target, args)):
         row['latency_ms'], row['latency_spread'] = ms, spread
-    told = {(name, budget.text): (answer, loss) for name, several in {**baselines, **chosen}.items()
-            for budget, answer, loss in several}
+    told = {(name, c.budget.text): c for name, several in {**baselines, **chosen}.items() for c in several}
     for i, e in enumerate(entries):
         name = names[0] if e.name == 'found' else e.name
-        rows[i]['search_macs'] = '' if e.budget is None else told[name, e.budget.text][0].macs
+        rows[i]['search_macs'] = '' if e.budget is None else told[name, e.budget.text].answer.macs
         if e.folder is None:
             continue
-        answer, loss = told[name, e.budget.text]
-        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, options[name], rows[i], target, answer))
-        if not math.isnan(loss):
+        c = told[name, e.budget.text]
+        entries[i] = dataclasses.replace(e, provenance=_provenance(e.problem, name, c.options, rows[i], target, c.answer))
+        if not math.isnan(c.search_loss):
             for row in rows:
                 row.setdefault('search_loss', '')
-            rows[i]['search_loss'] = round(loss, 4)
+            rows[i]['search_loss'] = round(c.search_loss, 4)
     if is_primary(args):
         save_found(entries, args)
     if args.epochs:
@@ -185,6 +189,25 @@ def _run(
     if is_primary(args):
         write_table(rows, output / 'summary.csv')
     return rows, entries
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """What a policy chose for a budget; whose limit, if there was none, is the network's cost."""
+    budget: Budget
+    answer: Answer
+    options: Any
+    search_loss: float
+
+
+def _within(args: Namespace, problem: Problem, name: str, budgets: Sequence[Budget]) -> Problem:
+    """A baseline's problem, with those of the budgets that it can meet: what a policy found may be smaller than all it has."""
+    own = [b.of(problem.space, problem.latency) for b in budgets]
+    smallest = {group: widths[0] for group, widths in problem.grid.items()}
+    for budget in own:
+        if not budget.met(smallest):
+            say(args, f'{name}: no network is as small as {budget}')
+    return dataclasses.replace(problem, budgets=tuple(b for b in own if b.met(smallest)))
 
 
 def _choose(
@@ -195,8 +218,10 @@ def _choose(
         name: str,
         policy: type[policies.Policy],
         options: Any,
-) -> list[tuple[Budget, Answer, float]]:
-    """What a policy chooses: for each budget (whose limit, if it has none, is the network's cost) a network, its search loss."""
+) -> list[_Chosen]:
+    """What a policy chooses for each budget of the problem; of a sweep, for each value of its first option."""
+    if not problem.budgets:
+        return []
     whole = problem
     if projection is not None and (
             policy.trains() or policy(problem.space, problem.budgets, problem.grid, options, args.seed).evaluations):
@@ -211,28 +236,28 @@ def _choose(
     def make(point: Mapping[str, float]) -> policies.Policy:
         return policy(problem.space, problem.budgets, problem.grid, dataclasses.replace(options, **point), args.seed)
 
-    def carried(number: int, answer: Answer, point: str = '') -> tuple[Budget, Answer]:
-        budget = whole.budgets[number]
-        text = f'{budget.text} {point}'.strip()
+    def chosen(number: int, answer: Answer, search_loss: float, point: Mapping[str, float] = {}) -> _Chosen:
+        budget, own = whole.budgets[number], dataclasses.replace(options, **point)
+        text = f'{budget.text} {point_text(point)}'.strip()
         if projection is not None:
             answer = projection.carry_over(answer, number, folder_name(f'{name} {text}'), {
-                'policy': name, 'options': dataclasses.asdict(options), 'seed': args.seed, 'budget': text,
+                'policy': name, 'options': dataclasses.asdict(own), 'seed': args.seed, 'budget': text,
                 'search': _search_said(args, answer)})
             for note in answer.transfer['notes']:
                 say(args, f'{name}: {note}')
-        if math.isfinite(budget.limit):
-            return budget, answer
-        return Budget(budget.cost, budget.cost(*answer.choice), text), answer
+        if math.isinf(budget.limit):
+            budget = Budget(budget.cost, budget.cost(*answer.choice), text)
+        return _Chosen(budget, answer, own, search_loss)
 
     if (sweep := parse_sweep(args.sweep)) and policy.sweeps:
-        found = [(*carried(0, answer, point), loss) for point, answer, loss in choose_sweep(learning, name, make, sweep)]
+        found = [chosen(0, answer, loss, point) for point, answer, loss in choose_sweep(learning, name, make, sweep)]
     else:
         one = make({})
         answers = choose(learning, name, one)
         if len(answers) != len(whole.budgets):
             raise policies.PolicyError(f'{name} gave {len(answers)} networks for {len(whole.budgets)} budgets')
-        found = [(*carried(i, answer), one.search_loss) for i, answer in enumerate(answers)]
-    if macs := max(answer.macs for _, answer, _ in found):
+        found = [chosen(i, answer, one.search_loss) for i, answer in enumerate(answers)]
+    if macs := max(c.answer.macs for c in found):
         less = f', {saving(whole, learning):.1%} less than without --proxy {args.proxy}' if args.proxy else ''
         say(args, f'{name}: the search took {macs:.4g} MACs{less}')
     return found
@@ -254,13 +279,18 @@ def _prepare_output(args: Namespace, output: Path) -> None:
 
 
 def _earlier_folders(output: Path) -> list[str]:
-    """The folders of several budgets that an earlier search left; whatever its args.yaml says, nothing else."""
+    """The folders of budgets and policies that an earlier search left; whatever its args.yaml says, nothing else."""
     try:
-        budgets = read_args(str(output)).get('budget')
+        earlier = read_args(str(output))
+        points = sweep_points(parse_sweep([str(text) for text in earlier.get('sweep') or []]))
     except UsageError:
         return []
+    budgets = earlier.get('budget')
     texts = [text for text in budgets if isinstance(text, str)] if isinstance(budgets, list) else []
-    return [folder_name(text) for text in texts if re.fullmatch(r'\s*\w+\s*=[\s\w.]+', text)]
+    found = [f'{text} {point_text(point)}'.strip() for text in texts for point in points]
+    found = [folder_name(text) for text in found if re.fullmatch(r'\s*[a-z]+[\s=\w.-]*', text)]
+    several = policy_names(str(earlier['policy']))
+    return found + [name for name in several if len(several) > 1 and re.fullmatch(r'\w+', name)]
 
 
 def _provenance(problem: Problem, name: str, options: Any, row: Mapping[str, Any], target: Target,

@@ -156,7 +156,7 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[float]]:
     for text in texts:
         name, _, values = text.partition('=')
         try:
-            found[name] = list(dict.fromkeys(float(v) for v in values.split(',')))
+            found[name] = list(dict.fromkeys(float(f'{float(v):g}') for v in values.split(',')))  # as files are named
         except ValueError:
             raise UsageError(f"--sweep '{text}' is not a sweep: write an option and its values, as in alpha=0.2,0.4") from None
     return found

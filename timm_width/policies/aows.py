@@ -1,5 +1,4 @@
 """AOWS: a network trained at random widths, the error of each width from it, and the least sum of these within a budget."""
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from torch.nn import functional as F
 from ..budget import Budget
 from ..cost import CostError
 from ..elimination import Elimination, SolveError, draw
-from ..factors import Factors, Grid
+from ..factors import Factors
+from ..gating import unlike_slices
 from ..moving import MovingMeans
 from ..solve import ROUNDING, Lagrangian, Solution, exact, is_whole
 from ..space import WidthSpace
@@ -28,7 +28,6 @@ UNIFORM = 5  # epochs before sampling adapts
 TEMPERATURES = {5: 1., 6: 1e-2, 10: 1e-3, 20: 5e-4}  # supplement, section B; log-linear between
 WINDOW = 100_000
 WINDOW_HELP = 'errors of each width that are averaged, the last ones; 0: as many as each gets in an epoch, 100,000 at most'
-ALIKE = 1e-6  # relative: outputs of masks and slices that differ by more are not equal
 
 
 class _OneShot(Policy):
@@ -66,7 +65,7 @@ class _OneShot(Policy):
         """
         network = Supernet(model, space)
         fixed = [name for name in self.grid if name in network.ungated]
-        fixed += _unlike_slices(network, space, {name: w for name, w in self.grid.items() if name not in fixed})
+        fixed += unlike_slices(network, {name: w for name, w in self.grid.items() if name not in fixed})
         self.keep_base_widths(fixed, 'there, channels set to 0 for single images are not as good as gone (no normalisation of each '
                               'channel alone, or an activation with f(0) != 0)', self.options.strict)
         return network
@@ -104,31 +103,6 @@ def error(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if targets.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction='none').mean(1)
     return F.cross_entropy(logits.float(), targets, reduction='none')
-
-
-@torch.no_grad()
-def _unlike_slices(network: Supernet, space: WidthSpace, grid: Grid) -> list[str]:
-    """The groups whose channels, set to 0 behind their normalisations, leave another output than their absence does.
-
-    Tried on a copy with random biases and scales, since those of a new network may be 0 and hide what they multiply.
-    """
-    rng = torch.Generator().manual_seed(0)
-    tried = copy.deepcopy(network).double().eval()
-    for t in [*tried.parameters(), *tried.buffers()]:
-        if t.ndim < 2 and t.is_floating_point():
-            t.uniform_(0.5, 1.5, generator=rng)
-    images = torch.randn(2, *space.input_size, generator=rng, dtype=torch.float64)
-
-    def found(names: Sequence[str]) -> list[str]:
-        smallest = {name: grid[name][0] for name in names}
-        gates = {name: (torch.arange(space[name].steps) < w // space[name].unit).expand(2, -1) for name, w in smallest.items()}
-        sliced, masked = tried(images, smallest), tried(images, gates=gates)
-        if (sliced - masked).abs().max() <= ALIKE * sliced.abs().max():
-            return []
-        half = len(names) // 2
-        return [*names] if not half else [*found(names[:half]), *found(names[half:])]
-
-    return found(list(grid)) if grid else []
 
 
 # -- greedy ----------------------------------------------------------------------------------------------------------------

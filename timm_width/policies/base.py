@@ -114,6 +114,7 @@ class Step(Protocol):
         rng: For all that the policy draws. Seeded by the run's seed and the update: the same on every process, for every
             batch that one update accumulates, and after a resume.
         image_rng: For what it draws for each image: the same after a resume, but another for every process and batch.
+        last: Whether the update ends with this batch; of those that one update accumulates, the others are not.
         for_architecture: Whether the batch is of the images that `Policy.architecture_share` sets aside.
     """
     images: torch.Tensor
@@ -124,6 +125,7 @@ class Step(Protocol):
     progress: float
     rng: np.random.Generator
     image_rng: np.random.Generator
+    last: bool
     for_architecture: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -171,6 +173,7 @@ class Policy(ABC):
             trains an architecture on other images than the weights.
         shrinks: Whether training removes parts of the network.
         sweeps: Options of which a search may try several values after one shared beginning (`shared_epochs`).
+        incomparable: Those of them between whose values search losses do not compare: each must have an answer of its own.
         chooses_blocks: Whether it chooses among the blocks that a layer of the network may be (see twins.py).
         weighs_cost: Whether a budget may have no limit, since the policy weighs costs against accuracy.
         search_loss: What tells which of two searches was the better, without a score, once it is trained: less is.
@@ -185,6 +188,7 @@ class Policy(ABC):
     architecture_share: float = 0.
     shrinks: bool = False
     sweeps: tuple[str, ...] = ()
+    incomparable: tuple[str, ...] = ()
     search_loss: float = math.nan
     chooses_blocks: bool = False
     weighs_cost: bool = False
@@ -232,13 +236,14 @@ class Policy(ABC):
         """Parameters of the policy's own, which the engine's optimiser trains along with the weights, without weight decay."""
         return ()
 
-    def keep_base_widths(self, fixed: Sequence[str], reason: str, strict: bool = False) -> None:
+    def keep_base_widths(self, fixed: Sequence[str], reason: str, strict: bool = False, largest: bool = False) -> None:
         """From here on, groups have one width to choose from, their base width; a note lists them.
 
         Args:
             fixed: The groups.
             reason: Why.
             strict: Whether the user has asked, by --<policy>.strict, that there be none.
+            largest: Whether they keep the largest width of their grid instead.
 
         Raises:
             PolicyError: There are some and `strict` was given, the network cannot have their base width, or there are no others.
@@ -253,14 +258,15 @@ class Policy(ABC):
         if len(fixed) == len(self.grid):
             raise PolicyError(f'{policy} can search no group of {self.space.architecture}: {why}')
         for name in fixed:
-            base = self.space[name].size
+            base = self.largest[name] if largest else self.space[name].size
             if base not in self.grid[name]:
                 raise PolicyError(f"{policy}: {why}; '{name}' would keep its {base} channels, which its grid does not have: "
                                   f"give --fix '{name}'")
-        self.grid = {name: (self.space[name].size,) if name in fixed else widths for name, widths in self.grid.items()}
+        kept = self.largest if largest else self.space.base_widths
+        self.grid = {name: (kept[name],) if name in fixed else widths for name, widths in self.grid.items()}
         for budget in self.budgets:
             budget.check_feasible(self.smallest, self.largest)
-        self.notes.append(f'{len(fixed)} of {len(self.grid)} groups keep their base width: {why}')
+        self.notes.append(f"{len(fixed)} of {len(self.grid)} groups keep their {'largest' if largest else 'base'} width: {why}")
 
     def train_step(self, step: Step) -> None:  # noqa: B027
         """Learns from one batch. A policy without a step of its own has no shared network."""

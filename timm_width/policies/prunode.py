@@ -1,4 +1,5 @@
 """Prunode: blocks of which two widths run at a time, layers that lose their candidates, and layers that are left out."""
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..gating import unlike_slices
 from ..masking import Masks
 from ..mixture import Layer, Mixture, build_layers, find_layers
 from ..space import WidthSpace
+from ..supernet import Supernet
 from .base import Choice, Evaluate, Policy, PolicyError, Step, fill_budget, option
 
 __all__ = ['Prunode']
@@ -18,6 +21,7 @@ __all__ = ['Prunode']
 MIN_LOG_COST = 1.  # ln of a cost in its unit of the loss; below, ln(LAT)^beta has no slope, or no value
 THRESHOLDS = ('linear', 'constant', 'none')
 SKIPS = ('late', 'candidate', 'none')
+LOSS_SCALE = 2. ** 10  # gradients in float16 would vanish without; exact in all other types
 
 
 class Prunode(Policy):
@@ -39,24 +43,28 @@ class Prunode(Policy):
       of the two is removed, x + is multiplied by `phi` and the block by `lam`. A layer that cannot be left out ends with one block.
     - A.2.1: of all epochs, the first `warmup` train the weights alone. In each epoch after it, 80 % of the images train the weights
       and then the other 20 % the architecture, by Adam, with a cosine from `arch_lr`. The weights' optimiser is that of the flags
-      (theirs: --opt rmsproptf --lr 0.002 --weight-decay 1e-5 --aa rand-m9-mstd0.5 --img-size 288, of a tenth of the classes).
+      (theirs: --opt rmsproptf --lr 0.002 --weight-decay 1e-5 --aa rand-m9-mstd0.5 --img-size 288 -b 256 --amp, and a tenth of
+      the classes: --proxy classes=100).
 
     Any model is searched, not only one whose layers have several candidates (prunet): there, each block whose hidden groups
     are its own is the one candidate of its layer, its groups are masked by the same share, and if it is residual, it has the
-    skip connection for a rival from the end of the warm-up. Groups that reach over several blocks keep their width.
+    skip connection for a rival from the end of the warm-up. Groups that reach over several blocks keep their width, and so do
+    those of which masked channels are not as good as gone (no normalisation of each channel alone, or an activation with
+    f(0) != 0).
 
     What the paper leaves open: a layer's probabilities are the softmax without noise. The skip connection comes with as much
     weight as the block that it stands beside, so that it is not removed in the epoch in which it came; a tie keeps the block. The
     images for the architecture are the same ones in all epochs. `mask_lr` scales the weight that moves the masks.
 
-    With a budget that has a limit, the network found is brought to it by one factor over its hidden widths; without (as in
-    --budget macs), alpha alone decides.
+    With a budget that has a limit, the network found is brought to it by one factor over all of its widths, those that training
+    kept too; without (as in --budget macs), alpha alone decides.
     """
 
     default_grid = 'prunode'
     search_epochs = 200
     architecture_share = 0.2
     sweeps = ('alpha', 'beta', 'lam', 'phi', 't_final', 'arch_lr', 'mask_lr')
+    incomparable = ('alpha', 'beta')
     shrinks = True
     chooses_blocks = True
     weighs_cost = True
@@ -76,6 +84,7 @@ class Prunode(Policy):
         tau: float = option(1., 'temperature of the Gumbel-softmax')
         arch_lr: float = option(0.1, "learning rate of the architecture's Adam")
         mask_lr: float = option(1., 'factor of the steps that masks make')
+        strict: bool = option(False, 'refuse a network of which some groups cannot be masked, instead of keeping their width')
 
         def __post_init__(self):
             for name, known in ('threshold', THRESHOLDS), ('skip', SKIPS):
@@ -97,13 +106,17 @@ class Prunode(Policy):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if len({b.cost.unit for b in self.budgets}) > 1:
-            raise PolicyError('prunode weighs one cost: give budgets of the same one')
+            if any(math.isinf(b.limit) for b in self.budgets):
+                raise PolicyError(f"prunode weighs one cost, and {' '.join(b.text for b in self.budgets)} are several: give one")
+            self.notes.append(f'{self.budgets[0].text} says what costs are weighed by; the other budgets are only met')
         self.layers: list[Layer] = []
+        self.places: list[tuple[range, range]] = []
         self.mixtures: list[Mixture] = []
         self.costs: list[list[list[float]]] = []  # of each layer, candidate and level, in the unit of the loss
         self.rest = 0.  # what all layers together do not cost
         self.epochs = 1
         self.loss_sum, self.loss_count = 0., 0  # of the batches of an epoch that train the architecture
+        self.pending: list[torch.Tensor] = []  # gradients of the batches of an update
 
     # -- the network -------------------------------------------------------------------------------------------
 
@@ -111,16 +124,19 @@ class Prunode(Policy):
         self.layers = find_layers(model, space, list(self.grid))
         if not self.layers:
             raise PolicyError(f'{space.architecture} has no block with hidden channels of its own, nor one that can be left out')
-        own = {g for layer in self.layers for groups in layer.blocks.values() for g in groups}
+        own = [g for layer in self.layers for groups in layer.blocks.values() for g in groups]
+        if self.options.widths:
+            self._keep_unlike(Supernet(model, space), [g for g in own if len(self.grid[g]) > 1])
         if other := [name for name in self.grid if name not in own]:
             self.notes.append(f'{len(other)} groups reach over several blocks and keep their width, as {other[0]}')
         self.mixtures = build_layers(model, space, self.layers, self.grid, self.options.widths)
         for mixture in self.mixtures:
             if mixture.residual and self.options.skip == 'candidate':
                 mixture.skip = True
+        self._check_layers()
         counts = [len(m.candidates) for m in self.mixtures]
         starts = np.cumsum([0, *(2 * n + 1 for n in counts)]).tolist()
-        # of each layer: theta of its candidates and of the skip connection; theta_large - theta_small of its candidates
+        # of each layer, theta of its candidates and of the skip connection; and theta_large - theta_small of its candidates
         self.places = [(range(a, a + n + 1), range(a + n + 1, a + 2 * n + 1)) for a, n in zip(starts, counts)]
         self.theta = torch.zeros(starts[-1], requires_grad=True)
         for (blocks, _), n in zip(self.places, counts):
@@ -129,14 +145,33 @@ class Prunode(Policy):
         self._count_costs()
         return model
 
+    def _keep_unlike(self, network: Supernet, names: Sequence[str]) -> None:
+        fixed = [name for name in names if name in network.ungated]
+        fixed += unlike_slices(network, {name: self.grid[name] for name in names if name not in fixed})
+        self.keep_base_widths(fixed, 'there, masked channels are not as good as gone (no normalisation of each channel alone, or '
+                              'an activation with f(0) != 0)', self.options.strict, largest=True)
+
+    def _check_layers(self) -> None:
+        """Refuses what leaves nothing to choose, or removes candidates before they have learned."""
+        o, most = self.options, max(len(m.candidates) + m.skip for m in self.mixtures)
+        late = [m for m in self.mixtures if m.residual and o.skip == 'late']
+        if most == 1 and not late and not any(c.masks for m in self.mixtures for c in m.candidates.values()):
+            raise PolicyError(f'prunode has nothing to choose in {self.space.architecture}: its blocks have one width each, and '
+                              'none can be left out')
+        if o.threshold != 'none' and o.t_initial * most > 1:
+            raise PolicyError(f'prunode.t_initial {o.t_initial:g} is above 1/{most}, and some layer has {most} candidates, of '
+                              f'which most would go at once: give {math.floor(1000 / most) / 1000:g} or less')
+        if o.threshold == 'none' and any(len(m.candidates) > 1 for m in late):
+            self.notes.append('with --prunode.threshold none layers lose no candidate, so that no skip connection takes its place')
+
     def _count_costs(self) -> None:
         """The table of every permissible block, as section 3.2 has it, in the unit of the loss."""
-        cost = self.budgets[0].cost
-        of = [[[cost.of(path, widths) for widths in prunode.widths] for path, prunode in zip(layer.blocks, m.candidates.values())]
-              for layer, m in zip(self.layers, self.mixtures)]
-        rest = cost(self.largest) - sum(levels[-1] for layer in of for levels in layer)
-        largest = rest + sum(max(levels[-1] for levels in layer) for layer in of)
-        scale = 1000 if cost.unit.startswith('ms') else 1000 / largest
+        cost, largest = self.budgets[0].cost, self.largest
+        of = [[[cost.of(path, {**largest, **widths}) for widths in prunode.widths]
+               for path, prunode in zip(layer.blocks, m.candidates.values())] for layer, m in zip(self.layers, self.mixtures)]
+        rest = cost(largest) - sum(levels[-1] for layer in of for levels in layer)
+        dearest = rest + sum(max(levels[-1] for levels in layer) for layer in of)
+        scale = 1000 if cost.unit.startswith('ms') else 1000 / dearest
         self.costs = [[[scale * c for c in levels] for levels in layer] for layer in of]
         self.rest = scale * rest
 
@@ -150,14 +185,26 @@ class Prunode(Policy):
             step.backward(step.loss(step.forward()))
             return
         cost = self._sample(step)  # eq. 5
-        loss = step.loss(step.forward()) + self._penalty(cost).to(step.images.device)  # eq. 2
-        gradient, = torch.autograd.grad(loss, [self.theta])
-        self.theta.grad = step.gather(gradient[None]).mean(0)
-        done = min(max((step.progress * self.epochs - self.warmup_epochs) / (self.epochs - self.warmup_epochs), 0.), 1.)
-        self.adam.param_groups[0]['lr'] = self.options.arch_lr * (1 + math.cos(math.pi * done)) / 2
+        with torch.set_grad_enabled(cost.requires_grad):  # it does not where all is decided
+            loss = step.loss(step.forward()) + penalty(cost, self.options.alpha, self.options.beta).to(step.images.device)  # eq. 2
+        gradient = torch.zeros_like(self.theta)
+        if cost.requires_grad:
+            gradient = torch.autograd.grad(loss * LOSS_SCALE, self.theta)[0] / LOSS_SCALE
+        found = torch.cat([gradient, loss.detach().float().cpu()[None]])
+        found = step.gather(found.to(loss.device)[None]).mean(0).cpu()  # of all processes
+        self.loss_sum, self.loss_count = self.loss_sum + found[-1].item(), self.loss_count + 1
+        self.pending.append(found[:-1])
+        if step.last:
+            self._learn(min(max((step.progress * self.epochs - self.warmup_epochs) / (self.epochs - self.warmup_epochs), 0.), 1.))
+
+    def _learn(self, progress: float) -> None:
+        """One update of the architecture."""
+        self.theta.grad, self.pending = torch.stack(self.pending).mean(0), []
+        if not self.theta.grad.isfinite().all():  # float16 may overflow in one batch
+            return
+        self.adam.param_groups[0]['lr'] = self.options.arch_lr * (1 + math.cos(math.pi * progress)) / 2
         self.adam.step()
-        self._move_masks(done)
-        self.loss_sum, self.loss_count = self.loss_sum + float(loss.detach()), self.loss_count + 1
+        self._move_masks(progress)
 
     @property
     def warmup_epochs(self) -> int:
@@ -186,16 +233,12 @@ class Prunode(Policy):
                 prunode.shares = torch.stack([1 - on_device[masks[i]], on_device[masks[i]]])
         return total
 
-    def _penalty(self, cost: torch.Tensor) -> torch.Tensor:
-        """alpha ln(LAT)^beta."""
-        return self.options.alpha * cost.log().clamp(min=MIN_LOG_COST) ** self.options.beta
-
     def _move_masks(self, progress: float) -> None:
         weights = self.theta.detach().tolist()
         for m, (_, masks) in zip(self.mixtures, self.places):
             for i, prunode in zip(m.left, m.candidates.values()):
                 if prunode.masks is not None:
-                    self.theta.data[masks[i]] = prunode.masks.step(self.options.mask_lr * weights[masks[i]], progress)
+                    self.theta.data[masks[i]] = prunode.masks.step(weights[masks[i]], progress, self.options.mask_lr)
 
     # -- pruning -----------------------------------------------------------------------------------------------
 
@@ -203,28 +246,28 @@ class Prunode(Policy):
         done = epoch + 1
         if self.loss_count:
             self.search_loss, self.loss_sum, self.loss_count = self.loss_sum / self.loss_count, 0., 0
-        first = max(self.warmup_epochs, 1)
-        if done < first:
-            return
-        if done == first:
+            if not math.isfinite(self.search_loss):
+                raise PolicyError(f'prunode: the search loss is {self.search_loss} in epoch {done}; a lower --lr may help')
+        if done > self.warmup_epochs and self.options.threshold != 'none':
+            self._prune_all(done)
+        if done == max(self.warmup_epochs, 1) and self.options.skip == 'late':
             for m, (blocks, _) in zip(self.mixtures, self.places):
-                if len(m.candidates) == 1 and m.residual and not m.skip and self.options.skip == 'late':
+                if len(m.candidates) == 1 and m.residual and not m.skip:
                     self._stand_beside(m, blocks)
-            return
-        if self.options.threshold == 'none':
-            return
+
+    def _prune_all(self, done: int) -> None:
         t = self.options.t_initial
         if self.options.threshold == 'linear':
             t = threshold(done, self.warmup_epochs, self.epochs, t, self.options.t_final)
-        before = self._blocks_left()
+        before = self._left()
         for m, (blocks, _) in zip(self.mixtures, self.places):
             self._prune(m, blocks, t)
-        if (now := self._blocks_left()) != before or done == self.epochs:
-            self.notes.append(f'epoch {done}: {now} of {sum(len(layer.blocks) for layer in self.layers)} blocks left, threshold '
-                              f'{t:.3f}, search loss {self.search_loss:.4f}')
+        if (now := self._left()) != before or done == self.epochs:
+            self.notes.append(f'epoch {done}: {now}, threshold {t:.3f}, search loss {self.search_loss:.4f}')
 
-    def _blocks_left(self) -> int:
-        return sum(len(m.candidates) for m in self.mixtures)
+    def _left(self) -> str:
+        blocks, of = sum(len(m.candidates) for m in self.mixtures), sum(len(layer.blocks) for layer in self.layers)
+        return f'{blocks} of {of} blocks left, {sum(m.skip for m in self.mixtures)} skip connections'
 
     def _prune(self, m: Mixture, blocks: Sequence[int], t: float) -> None:
         """Removes the candidates of a layer whose probability is below t, the least likely first."""
@@ -249,7 +292,10 @@ class Prunode(Policy):
     def _stand_beside(self, m: Mixture, blocks: Sequence[int]) -> None:
         """Section 3.2.3: the skip connection for the last but one candidate."""
         m.skip, m.scales = True, (self.options.phi, self.options.lam)
-        self.theta.data[blocks[-1]] = self.theta.data[blocks[m.left[0]]]
+        block, skip = blocks[m.left[0]], blocks[-1]
+        self.theta.data[skip] = self.theta.data[block]
+        for state in self.adam.state.values():  # or Adam, new to its gradients, would make steps of three times `arch_lr`
+            state['exp_avg_sq'][skip] = state['exp_avg_sq'][block]
 
     # -- the answer --------------------------------------------------------------------------------------------
 
@@ -279,12 +325,12 @@ class Prunode(Policy):
     def state_dict(self) -> dict[str, Any]:
         layers = [{'left': m.left, 'skip': m.skip, 'masks': [
             None if c.masks is None else asdict(c.masks) for c in m.candidates.values()]} for m in self.mixtures]
-        return {'cost': self.budgets[0].cost.unit, 'theta': self.theta.detach().clone(), 'adam': self.adam.state_dict(),
+        return {'costs': self._costs_digest(), 'theta': self.theta.detach().clone(), 'adam': self.adam.state_dict(),
                 'layers': layers, 'epochs': self.epochs, 'search_loss': self.search_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (unit := self.budgets[0].cost.unit) != state['cost']:
-            raise PolicyError(f"its blocks were chosen by {state['cost']}, not by {unit}")
+        if self._costs_digest() != state['costs']:
+            raise PolicyError('its blocks were chosen by other costs')
         for m, found in zip(self.mixtures, state['layers'], strict=True):
             for i in m.left:
                 if i not in found['left']:
@@ -296,6 +342,15 @@ class Prunode(Policy):
         self.theta.data.copy_(state['theta'])
         self.adam.load_state_dict(state['adam'])
         self.epochs, self.search_loss = state['epochs'], state['search_loss']
+
+    def _costs_digest(self) -> str:
+        numbers = [self.rest, *(c for layer in self.costs for levels in layer for c in levels)]
+        return hashlib.sha256(' '.join(f'{c:.6g}' for c in numbers).encode()).hexdigest()[:16]
+
+
+def penalty(cost: torch.Tensor, alpha: float, beta: float = 0.6) -> torch.Tensor:
+    """What eq. 2 adds to the cross-entropy: alpha ln(LAT)^beta, of a latency in microseconds."""
+    return alpha * cost.log().clamp(min=MIN_LOG_COST) ** beta
 
 
 def threshold(epoch: float, warmup: int, epochs: int, initial: float = 0.15, final: float = 0.55) -> float:
