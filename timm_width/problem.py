@@ -200,7 +200,8 @@ def make_problem(
             high = max(widths[-1] / space[name].size for name, widths in grids[policy].items())
     register(space.architecture)  # what is saved must have a name that timm can build
     views = View(splits.train), View(splits.validation)
-    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy], of_blocks=policy in of_blocks)
+    found = {policy: Problem(args, *views, splits.targets, space, grid, (), config, rule=rules[policy],
+                             of_blocks=policy in of_blocks)
              for policy, grid in grids.items()}
     if has_twin(args.model) and any(policy in of_blocks for policy in found):
         for flag in ('grid', 'width_divisor', 'width_min', 'width_max', 'supernet_macs', 'fix'):
@@ -278,7 +279,8 @@ def _latency(problems: Mapping[str, Problem], target: Target) -> Optional[Tables
     if target.model is None:
         raise UsageError(f'{wanted}that measures whole networks{how}')
     if twin is None:
-        if not (latency := target.cost(first.space)).blocks and any(text.strip().startswith('latency') for text in args.budget):
+        if not (latency := target.cost(first.space)).blocks and any(
+                isinstance(b.cost, Tables) for b in (Budget.parse(text, first.space, latency) for text in args.budget)):
             raise UsageError(f'{wanted}it was fitted to whole networks{how}')
         return latency
     if target.model.architecture != twin.space.architecture:
