@@ -279,7 +279,8 @@ def _latency(problems: Mapping[str, Problem], target: Target) -> Optional[Tables
     if target.model is None:
         raise UsageError(f'{wanted}that measures whole networks{how}')
     if twin is None:
-        if not (latency := target.cost(first.space)).blocks and any(text.strip().startswith('latency') for text in args.budget):
+        if not (latency := target.cost(first.space)).blocks and any(
+                isinstance(b.cost, Tables) for b in (Budget.parse(text, first.space, latency) for text in args.budget)):
             raise UsageError(f'{wanted}it was fitted to whole networks{how}')
         return latency
     if target.model.architecture != twin.space.architecture:
