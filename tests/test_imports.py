@@ -53,6 +53,7 @@ ORDER = [
     {'problem'},
     {'choosing', 'search_flags'},
     {'comparison', 'projection'},
+    {'front'},
     {'plots'},
     {'show'},
     {'hub'},

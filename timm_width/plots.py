@@ -6,6 +6,7 @@ For a folder of `timm-width search` with all the networks in it, or that of one 
 
 - ratios: for every group that was searched, what the found network keeps of the base width, all budgets beside one another;
 - bins: for every group, how many widths the search chose from, and how many channels each of them has more than the one before;
+- front, search_loss: accuracy, and the policy's own loss, of all networks of the table against what they cost (front.py);
 - scores: how the scores of the networks that it compared are distributed; each counts for the lowest budget that it is within
   (those of later stages have a journal for each budget).
 
@@ -27,8 +28,10 @@ from .choosing import folder_name
 from .config import SUFFIX, ConfigError, Spec, networks_in
 from .cost import CostError
 from .data import UsageError
+from .front import plot_front, read_table
 from .latency.model import LatencyError, LatencyModel
 from .models import register
+from .report import METRICS
 from .space import WidthError, WidthSpace
 from .trace import meta_copy, trace
 
@@ -70,6 +73,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         pictures['bins'] = plot_bins(grids)
     if any(scores.values()):
         pictures['scores'] = plot_scores({name: found for name, found in scores.items() if found})
+    rows = read_table(args.folder)
+    for name, what in ('front', next((m for m in METRICS if rows and m in rows[0]), '')), ('search_loss', 'search_loss'):
+        figure = _pyplot()(figsize=(6, 4))
+        if plot_front(figure, rows, what):
+            pictures[name] = figure
     for name, figure in pictures.items():
         path = output / f'{name}.{args.format}'
         figure.savefig(path, dpi=150, bbox_inches='tight')
