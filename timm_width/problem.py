@@ -10,7 +10,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .budget import Budget
+from .budget import Budget, BudgetError
 from .cost import Cost, Macs, Params
 from .data import TwoParts, UsageError, View, loader, open_splits, shrink, split_holdout
 from .engine import create, data_config, make_optimizer, model_arguments
@@ -220,11 +220,13 @@ def set_budgets(problems: Mapping[str, Problem], target: Target) -> dict[str, Pr
             continue
         grid = problem.grid if problem is first else target.clip(problem.grid)
         for budget in budgets:
-            if pending and isinstance(budget.cost, Tables):
+            if pending and isinstance(budget.cost, Tables) or policy == BASE:  # which is what it is
                 continue
             ends = [{name: widths[i] for name, widths in grid.items()} for i in (0, -1)]
             try:
                 budget.check_feasible(*ends)
+            except BudgetError as e:
+                raise BudgetError(f'{policy}: {e}' if len(problems) > 1 else str(e)) from None
             except WidthError as e:
                 raise UsageError(f'--latency-model {args.latency_model}: {e}; search the grid that was measured, or measure '
                                  'this one') from e
