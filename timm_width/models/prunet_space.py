@@ -13,7 +13,8 @@ from typing import Any, Optional
 from ..space import WidthError, nearest
 from .gpunet import DIVISOR, Block
 
-__all__ = ['PrunetError', 'SPACES', 'SearchSpace', 'Stage', 'base_layers', 'get_space', 'reduced', 'space_size', 'table1', 'table5']
+__all__ = ['PrunetError', 'SPACES', 'SearchSpace', 'Stage', 'base_layers', 'fbnet', 'get_space', 'reduced', 'space_size', 'table1',
+           'table5']
 
 TYPES = ('conv', 'fused', 'irb')
 ACTIVATIONS = ('relu', 'silu', 'relu6', 'hard_swish', 'gelu')
@@ -159,7 +160,12 @@ def table5(depths: Sequence[int] = (2, 2, 3, 2, 5, 6)) -> SearchSpace:
         expansions=(8,))
 
 
-SPACES = {'table1': table1, 'table5': table5}
+def fbnet() -> SearchSpace:
+    """The FBNet space of Table 3, of 2^2 * 8^17 networks: two expansions of each block."""
+    return table1((2, 2, 3, 2, 5, 5), expansions=(3, 6))
+
+
+SPACES = {'table1': table1, 'table5': table5, 'fbnet': fbnet}
 
 
 def reduced(space: SearchSpace, width: float = 1., depth: float = 1.) -> SearchSpace:
@@ -227,7 +233,7 @@ def get_space(space: Any = None, width: float = 1., depth: float = 1.) -> Search
     """A space from what a caller or a config says of it; nothing in it is trusted.
 
     Args:
-        space: 'table1' (the default), 'table5', or a dict as of `SearchSpace.to_dict`.
+        space: 'table1' (the default), 'table5', 'fbnet', or a dict as of `SearchSpace.to_dict`.
         width: See `reduced`.
         depth: See `reduced`.
 
@@ -237,7 +243,7 @@ def get_space(space: Any = None, width: float = 1., depth: float = 1.) -> Search
     space = 'table1' if space is None else space
     if isinstance(space, str):
         if space not in SPACES:
-            raise PrunetError(f"unknown space {space[:40]!r}{nearest(space[:40], SPACES)}; there are {' and '.join(SPACES)}")
+            raise PrunetError(f"unknown space {space[:40]!r}{nearest(space[:40], SPACES)}; there are {', '.join(SPACES)}")
         found = SPACES[space]()
     elif isinstance(space, Mapping):
         found = _read_space(space)
