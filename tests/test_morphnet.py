@@ -430,8 +430,10 @@ def test_a_search_in_rounds_resumes_to_the_same_answer(image_folder, tmp_path, c
     assert [timm_width.load_spec(out / name).widths for name in names] == [spec.widths for spec in found]
     assert all(Macs(space)(spec.widths, spec.skips) <= limit * Macs(space)() for spec, limit in zip(found, (1, 0.5)))
     capsys.readouterr()
+    before = (out / 'args.yaml').read_bytes()
     assert cli.main(['search', '--resume', str(out), '--budget', 'params=0.5x']) == 2
-    assert 'the penalty was on MACs, and the budgets are of params' in capsys.readouterr().err
+    assert 'the penalty was on MACs, and the budgets are of MACs and params' in capsys.readouterr().err
+    assert (out / 'args.yaml').read_bytes() == before
 
 
 def test_a_training_for_another_network_is_refused():

@@ -178,17 +178,19 @@ class MorphNet(Policy):
         """What its training depends on: the network trained, and what it has of the costs."""
         return {'widths': dict(self.start), 'skips': list(self.begin.skips), 'costs': {c.unit: whole for c, whole in self._costs()}}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        units = list(dict.fromkeys(b.cost.unit for b in self.budgets))
+        if set(state['costs']) != set(units):
+            raise PolicyError(f"the penalty was on {' and '.join(state['costs'])}, and the budgets are of {' and '.join(units)}")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Checks that it is that of the same training.
 
         Raises:
             PolicyError: It is not.
         """
-        own = self.state_dict()
-        if state['costs'].keys() != own['costs'].keys():
-            raise PolicyError(f"the penalty was on {' and '.join(state['costs'])}, and the budgets are of "
-                              f"{' and '.join(own['costs'])}")
-        if own != dict(state):
+        self.check_state(state)
+        if self.state_dict() != dict(state):
             raise PolicyError(f'round {self.round} was begun with another network or with another latency model')
 
     # -- shrink and expand -------------------------------------------------------------------------------------
