@@ -288,7 +288,7 @@ def _earlier_folders(output: Path) -> list[str]:
     budgets = earlier.get('budget')
     texts = [text for text in budgets if isinstance(text, str)] if isinstance(budgets, list) else []
     found = [f'{text} {point_text(point)}'.strip() for text in texts for point in points]
-    found = [folder_name(text) for text in found if re.fullmatch(r'\s*[a-z]+[\s=\w.-]*', text)]
+    found = [folder_name(text) for text in found if re.fullmatch(r'\s*(macs|params|latency)[\s=\w.-]*', text)]
     several = policy_names(str(earlier['policy']))
     return found + [name for name in several if len(several) > 1 and re.fullmatch(r'\w+', name)]
 
