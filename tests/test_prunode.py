@@ -811,7 +811,8 @@ def test_processes_remove_the_same_blocks(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    torch.multiprocessing.spawn(_process, (port, tmp_path), nprocs=2)
+    method = 'spawn' if torch.cuda.is_available() else 'fork'  # which need not import everything again
+    torch.multiprocessing.start_processes(_process, (port, tmp_path), nprocs=2, start_method=method)
     a, b = (torch.load(tmp_path / f'{rank}.pt', weights_only=False) for rank in range(2))
     assert torch.equal(a['state']['theta'], b['state']['theta']) and a['state']['layers'] == b['state']['layers']
     assert a['state']['search_loss'] == b['state']['search_loss'] and a['found'] == b['found']

@@ -3,7 +3,7 @@
 A `Mixture` takes the place of a layer of the model. It adds up the outputs of its candidates by their weights; each is a `Prunode`,
 which runs one block with a small and a large mask. Who trains them sets the weights before each pass and the masks after each step.
 """
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
@@ -128,6 +128,7 @@ class Prunode(nn.Module):
         self.block, self.widths, self.norms = block, tuple(widths), dict(norms)
         self.masks = Masks(len(self.widths)) if len(self.widths) > 1 else None
         self.shares: Optional[torch.Tensor] = None
+        self._factors: dict[tuple, dict[str, torch.Tensor]] = {}
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -145,22 +146,30 @@ class Prunode(nn.Module):
         """The block's output at one of its widths, which takes as long at each."""
         if self.widths[level - 1] == self.widths[-1]:
             return self.block(x, *args, **kwargs)
-        return torch.func.functional_call(self.block, dict(self._masked(self.widths[level - 1])), (x, *args), kwargs)
-
-    def _masked(self, widths: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Scales and shifts of the normalisations, of which those that are masked out are 0."""
-        for name, pieces in self.norms.items():
+        masked = {}
+        for name, factor in self._ones_and_zeros(level).items():
             norm = self.block.get_submodule(name)
-            at, start = torch.arange(len(norm.weight), device=norm.weight.device), 0
-            kept = torch.ones_like(norm.weight)
-            for group, unit, steps, repeat in pieces:
-                end = start + steps * repeat
-                if group in widths:
-                    kept = kept * ((at < start + widths[group] // unit * repeat) | (at >= end))
-                start = end
-            for leaf in ('weight', 'bias'):
-                if getattr(norm, leaf, None) is not None:
-                    yield f'{name}.{leaf}', getattr(norm, leaf) * kept
+            masked |= {f'{name}.{leaf}': getattr(norm, leaf) * factor for leaf in ('weight', 'bias')
+                       if getattr(norm, leaf, None) is not None}
+        return torch.func.functional_call(self.block, masked, (x, *args), kwargs)
+
+    def _ones_and_zeros(self, level: int) -> dict[str, torch.Tensor]:
+        """Of every normalisation, factors of its scale and shift."""
+        scales = {name: self.block.get_submodule(name).weight for name in self.norms}
+        key = level, *((w.device, w.dtype) for w in scales.values())
+        if key not in self._factors:
+            self._factors = {k: v for k, v in self._factors.items() if k[0] in self.levels}
+            self._factors[key] = {name: self._factor(w, self.norms[name], self.widths[level - 1]) for name, w in scales.items()}
+        return self._factors[key]
+
+    @staticmethod
+    def _factor(scale: torch.Tensor, pieces: Sequence[tuple[str, int, int, int]], widths: Mapping[str, int]) -> torch.Tensor:
+        found, start = torch.ones_like(scale, requires_grad=False), 0
+        for group, unit, steps, repeat in pieces:
+            end = start + steps * repeat
+            found[start + widths.get(group, steps * unit) // unit * repeat:end] = 0
+            start = end
+        return found
 
 
 class Mixture(nn.Module):
