@@ -322,7 +322,7 @@ def test_a_planted_prunet_is_found():
     (['--prunode.t_initial', '0.3'], 'prunode.t_initial 0.3 is above 1/4'),
     (['--grad-checkpointing'], '--grad-checkpointing'),
     (['--budget', 'macs=0.001x'], 'give a limit between'),
-    (['--budget', 'macs=0.5x'], "uniform: budget 'macs=0.5x' is"),  # whose smallest is larger
+    (['--budget', 'macs=0.5x'], "budget 'macs=0.5x' is"),  # of uniform, whose smallest is larger
 ])
 def test_what_cannot_work_is_one_line(arguments, message, tmp_path, capsys):
     given = command(tmp_path / 'x', *arguments)

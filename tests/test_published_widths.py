@@ -50,6 +50,12 @@ def flat(entry: dict) -> list[int]:
     return found
 
 
+def layers(entry: dict, model) -> list[tuple[str, int]]:
+    """(conv, output channels) for every number of a published vector, in its order."""
+    shortcut = SHORTCUTS.get(entry['method'], '') if entry['arch'] == 'resnet50' else ''
+    return list(zip(conv_names(model, shortcut), flat(entry), strict=True))
+
+
 def as_printed(value: int, listed: Decimal) -> Decimal:
     """Millions, to the digits that the list prints."""
     return (Decimal(value) / 10 ** 6).quantize(listed)
